@@ -16,6 +16,7 @@ PRINTED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("mean_t", "analysis.grounding.pointing"): ("`Pointing.table`, weights", ("mean",)),
     ("proportions", "analysis.grounding.pointing"): ("`Pointing.table`, hits", ("proportion",)),
     ("mean_t", "investigator.analyses"): ("`Investigation`, sentences of findings", ("mean",)),
+    ("means_t", "investigator.analyses"): ("`Investigation`, which heads it takes", ("mean",)),
     ("proportions", "investigator.analyses"): ("`Investigation`, accuracies", ("proportion",)),
     ("mean_t", "mechanisms.dualformer.study"): ("lengths of Dualformer's traces", ("mean",)),
     ("proportions", "mechanisms.dualformer.study"): ("Dualformer's rates", ("proportion",)),

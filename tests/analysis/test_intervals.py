@@ -63,7 +63,7 @@ def test_a_mean_that_few_examples_carry_has_no_interval() -> None:
     torch.testing.assert_close(ends[0], means_t(even + 3))
     assert ends[1].isnan().all()
     assert found.effective()[1] == pytest.approx(1, abs=0.1)
-    assert "no interval of 1" in repr(found)
+    assert "no interval of 1 of 2 means, which few examples carry: see median" in repr(found)
     row = found.table.iloc[1]
     assert (row["largest_example"], round(row["largest_share"])) == (7, 1)
     assert row["median_low"] <= row["median"] <= row["median_high"] < 1

@@ -15,7 +15,8 @@ from workbench.analysis.statistics import intervals, p_values
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(inspect.getfile(workbench)).parent
 HOMES = {f"workbench.analysis.statistics.{home.__name__.rpartition('.')[2]}": home for home in (intervals, p_values)}
-NO_INTERVAL = {"draws", "halves", "effective_examples"}  # which examples are drawn, and how many carry a mean
+# Which examples are drawn, how many carry a mean, and how intervals are told.
+NO_INTERVAL = {"draws", "halves", "effective_examples", "carried_by_few", "without_interval", "bracketed"}
 # What makes intervals besides, so that none grows outside of their home.
 ELSEWHERE = re.compile(r"\.ppf\(|n?an?quantile\(|percentile\(|bootstrap\(|1\.96|scipy\.stats import (?!.*rankdata)")
 
@@ -76,6 +77,20 @@ def test_what_the_page_says_holds() -> None:
     assert len(covered) > 40
     for row in covered:
         assert float(row[4]) >= 0.9, row
+
+
+def test_what_few_examples_carry_is_seldom_given_an_interval_that_is_wrong() -> None:
+    page = (ROOT / "docs" / "simulations.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    rows = [(row[0], int(row[1]), *map(float, row[2:])) for row in cells if len(row) == 5 and row[1].isdigit()]
+    light = ("normal", "uniform", "square of uniform: mass, entropy", "Student's t, 5 degrees")
+    assert {row[0] for row in rows} > set(light)
+    for of, n, _, none, wrong in rows:
+        if of in light:
+            assert none <= (0.05 if n >= 24 else 0.1), (of, n)
+        if n >= 24 and not (of.startswith("normal, 5%") and n < 60):  # 3 in n
+            assert wrong <= 0.11, (of, n)
+    assert any(held < 0.6 and none > 0.9 for _, _, held, none, _ in rows)
 
 
 def test_no_interval_grows_outside_of_its_home() -> None:

@@ -166,12 +166,17 @@ def test_clicks_choose_shift_adds_and_a_drag_takes_several(page: WatchedPage, tm
 @pytest.mark.browser
 def test_hover_says_the_value_and_its_interval(page: WatchedPage, tmp_path: Path) -> None:
     frame = pd.DataFrame(
-        {"layer": [0, 0], "head": [0, 1], "value": [0.5, -0.25], "low": [0.4, -0.5], "high": [0.7, 0.1]}
-    )
-    tab = opened(page, head_atlas({"effect": frame}, unit="nats"), tmp_path)
+        {"layer": [0, 0, 0], "head": [0, 1, 2], "value": [0.5, -0.25, 0.1], "low": [0.4, -0.5, np.nan],
+         "high": [0.7, 0.1, np.nan]}
+    )  # fmt: skip
+    view = head_atlas({"effect": frame}, unit="nats")
+    assert "No interval of 1 head by effect" in view.spec.notes[0]
+    tab = opened(page, view, tmp_path)
     canvas = tab.locator("canvas").first
     canvas.hover(position=place(tab, 0, 1))
     assert "L0H1: effect -0.25 nats, interval -0.5 to 0.1" in tab.locator(".status").inner_text()
+    canvas.hover(position=place(tab, 0, 2))
+    assert "L0H2: effect 0.1 nats, no interval" in tab.locator(".status").inner_text()
     tab.get_by_label("Hide heads whose interval crosses 0").check()
     assert tab.locator(".ranking li").count() == 1
     page.assert_clean()

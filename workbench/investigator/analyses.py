@@ -20,7 +20,7 @@ from workbench.analysis.circuits.overlap import circuit_overlap
 from workbench.analysis.circuits.repair import repair
 from workbench.analysis.circuits.roles import head_roles
 from workbench.analysis.importance import head_importance
-from workbench.analysis.statistics.intervals import mean_t, proportions
+from workbench.analysis.statistics.intervals import bracketed, mean_t, means_t, proportions
 from workbench.errors import WorkbenchError
 from workbench.inputs import decoder_start, device_for_inputs
 from workbench.investigator.naming import listed, rounded, said_of_roles
@@ -51,8 +51,8 @@ def baseline(subject: Subject) -> Found:
     with suppress(WorkbenchError):  # what needs the graph will say why there is none
         _ = subject.graph
     apart = clean - twin
-    low, high = mean_t(apart)
-    least, most = mean_t(clean)
+    low, high = mean_t(apart, checked=False)  # what is decided needs ends; what is said has none where few carry it
+    least, most = mean_t(clean, checked=False)
     share = float(right.mean())
     does = low > 0 and least > 0 and float(apart.mean()) >= NATS
     sure = does or high < NATS or most <= 0
@@ -63,14 +63,18 @@ def baseline(subject: Subject) -> Found:
     }  # fmt: skip
     says = (
         f"On {len(task)} prompts the right answer is ahead by {rounded(numbers['clean'])} nats, on their twins by "
-        f"{rounded(numbers['corrupted'])}; prompts minus twins {rounded(float(apart.mean()))} [{rounded(low)}, "
-        f"{rounded(high)}].",
+        f"{rounded(numbers['corrupted'])}; prompts minus twins {rounded(float(apart.mean()))} "
+        f"{_within(*mean_t(apart))}.",
         f"The most likely next token is right on {share:.0%} [{at:.0%}, {to:.0%}] of the prompts.",
         "So the model tells the prompts from their twins." if does else
         f"So the model does not tell the prompts from their twins by {NATS:g} nats or more." if sure else
         f"So it is not sure whether the model tells the prompts from their twins by {NATS:g} nats or more.",
     )  # fmt: skip
     return Found(numbers, says)
+
+
+def _within(low: float, high: float) -> str:
+    return bracketed(low, high).replace("-", "−")
 
 
 def _right(subject: Subject) -> Tensor:
@@ -92,14 +96,14 @@ def all_heads(subject: Subject) -> Found:
         subject.wb, heads, subject.tested_with, keep_mlps=True, batch_size=subject.batch_size, progress=False,
     ))  # fmt: skip
     carried = found.full - found.none
-    low, high = mean_t(carried)
+    low, high = mean_t(carried, checked=False)
     share = float(carried.mean()) / max(subject.scale, 1e-12)
     carry = found.denominator.defined and share > RELEVANT
     sure = carry or high <= RELEVANT * subject.scale
     numbers = {"carry": carry, "sure": sure, "share": share, "lost": [low, high], "heads": len(graph.head_names)}
     says = (
         f"With the output of all {len(graph.head_names)} heads taken from the twin the logit difference falls by "
-        f"{rounded(float(carried.mean()))} [{rounded(low)}, {rounded(high)}], {share:.0%} of prompts minus twins.",
+        f"{rounded(float(carried.mean()))} {_within(*mean_t(carried))}, {share:.0%} of prompts minus twins.",
         "So heads carry the difference." if carry else
         "So no head carries it: the answer comes by another way." if sure else
         "So it is not sure whether heads carry it.",
@@ -130,7 +134,7 @@ def importance(subject: Subject, how: str = "mean") -> Found:
         wb, batches, "logit_diff", how, level=1 - _LEVEL / n, seed=subject.seed, progress=False,
         reference=[*batches, *_batches(wb, task, subject, twins=True)],
     )  # fmt: skip
-    score, ends = found.score(), found.interval()
+    score, ends = found.score(), means_t(found.examples(), found.level, checked=False)
     helps = [i for i in range(len(score)) if float(ends[i, 0]) > 0 and float(score[i]) >= RELEVANT * subject.scale]
     hurts = [i for i in range(len(score)) if float(ends[i, 1]) < 0 and -float(score[i]) >= RELEVANT * subject.scale]
     helps.sort(key=lambda i: -float(score[i]))
@@ -193,9 +197,10 @@ def faithfulness(subject: Subject) -> Found:
         "random": [one.value for one in controls], "heads": list(latest.heads), "n_edges": latest.n_edges,
     }  # fmt: skip
     chance = f"{len(controls)} random circuits with as many edges between the same layers keep at most {best:.0%}"
+    chance = chance if controls else "no other circuit of its size is there to compare with"
     says = (
-        f"On the other half of the prompts the circuit alone keeps {found.value:.0%} [{low:.0%}, {high:.0%}] of the "
-        f"difference; {chance if controls else 'no other circuit of its size is there to compare with'}.",
+        f"On the other half of the prompts the circuit alone keeps {found.value:.0%} "
+        f"{bracketed(low, high, '.0%')} of the difference; {chance}.",
         "So it is confirmed." if confirmed else "So it is not confirmed.",
     )
     results: dict[str, Result] = {"faithfulness": found}
@@ -299,7 +304,7 @@ def repair_heads(subject: Subject) -> Found:
     }
     says = (
         f"With {listed(found.heads)} turned to the right answer accuracy goes from {before:.0%} to {after:.0%}, a "
-        f"gain of {float(gain.mean()):+.0%} [{low:+.0%}, {high:+.0%}].",
+        f"gain of {float(gain.mean()):+.0%} {bracketed(low, high, '+.0%')}.",
     )
     return Found(numbers, says, {"repair": found})
 

@@ -15,7 +15,7 @@ from workbench.analysis.circuits.engine.edges import run_edges, run_nodes
 from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.model.names import head_of
 from workbench.analysis.circuits.shares import Denominator
-from workbench.analysis.statistics.intervals import mean_t
+from workbench.analysis.statistics.intervals import bracketed, mean_t
 from workbench.errors import expect
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -123,9 +123,10 @@ class Faithfulness(Result):
 
     def __repr__(self) -> str:
         low, high = self.interval
-        share = f"{self.value:.3f} [{low:.3f}, {high:.3f}]"
+        share = f"{self.value:.3f} {bracketed(low, high, '.3f')}"
         share = share if self.denominator.defined else f"share undefined: {self.denominator}"
-        lost = "{:.3g} [{:.3g}, {:.3g}]".format(*self.lost)
+        value, least, most = self.lost
+        lost = f"{value:.3g} {bracketed(least, most)}"
         return f"Faithfulness({share}, lost {lost} of {self.metric}, {self.ablation}; {self.circuit})"
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.analysis.statistics.intervals import means_t
+from workbench.analysis.statistics.intervals import means_t, without_interval
 from workbench.errors import CaptureError, WorkbenchError
 from workbench.storage.result import Result
 
@@ -84,7 +84,8 @@ class Eviction(Result):
 
     @property
     def interval(self) -> Tensor:
-        """[head, 2] 95 % t intervals over examples of the mean weight that a query loses; NaN of one example."""
+        """[head, 2] 95 % t intervals over examples of the mean weight that a query loses; NaN of one example, and
+        where few carry a mean."""
         return means_t(self.lost.double().nanmean(-1))
 
     @property
@@ -117,5 +118,6 @@ class Eviction(Result):
         most, least = (f"L{row.layer}H{row.head} {row.lost:.3f}" for row in (ordered[0], ordered[-1]))
         return (
             f"Eviction({self.policy}, {self.budget}: {len(self.layers)} heads, {self.lost.shape[1]} examples of "
-            f"{self.lost.shape[2]} tokens; weight lost from {least} to {most})"
+            f"{self.lost.shape[2]} tokens; weight lost from {least} to {most}"
+            f"{without_interval(self.interval, self.lost.shape[1])})"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.head_scores.prompts import HeadNames, Ids, ids_of, is_one, one_row, self_attention
 from workbench.analysis.logits.asked import check_model
-from workbench.analysis.statistics.intervals import means_t
+from workbench.analysis.statistics.intervals import means_t, without_interval
 from workbench.errors import CaptureError, expect
 from workbench.metrics.logits import logits_of
 from workbench.session.workbench import Workbench
@@ -48,7 +48,7 @@ class RetrievalScores(Result):
 
     @property
     def interval(self) -> Tensor:
-        """[head, 2] 95 % t intervals of the means over prompts; NaN of one prompt."""
+        """[head, 2] 95 % t intervals of the means over prompts; NaN of one prompt, and where few carry a mean."""
         return means_t(self.scores)
 
     @property
@@ -67,7 +67,8 @@ class RetrievalScores(Result):
 
     def __repr__(self) -> str:
         best = ", ".join(f"L{row.layer}H{row.head} {row.score:.2f}" for row in self.table.head(4).itertuples())
-        return f"RetrievalScores({len(self.layers)} heads, {len(self.needles)} prompts; {best})"
+        without = without_interval(self.interval, len(self.needles))
+        return f"RetrievalScores({len(self.layers)} heads, {len(self.needles)} prompts; {best}{without})"
 
 
 def retrieval_scores(

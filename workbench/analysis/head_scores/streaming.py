@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.analysis.head_scores.prompts import HeadNames, one_row, rows_of, self_attention
 from workbench.analysis.logits.asked import check_model
-from workbench.analysis.statistics.intervals import means_t
+from workbench.analysis.statistics.intervals import means_t, without_interval
 from workbench.capture.site_capture import SiteCapture
 from workbench.errors import CaptureError, expect
 from workbench.kernels.patterns import Pattern
@@ -55,7 +55,7 @@ class StreamingScores(Result):
 
     @property
     def interval(self) -> Tensor:
-        """[head, 2] 95 % t intervals of the mean errors over prompts; NaN of one prompt."""
+        """[head, 2] 95 % t intervals of the mean errors over prompts; NaN of one prompt, and where few carry a mean."""
         return means_t(self.error)
 
     @property
@@ -79,7 +79,8 @@ class StreamingScores(Result):
         least, most = (f"L{row.layer}H{row.head} {row.error:.3f}" for row in (ordered[0], ordered[-1]))
         return (
             f"StreamingScores({len(self.layers)} heads, {len(self.lengths)} prompts, {self.sinks} sinks and "
-            f"{self.recent} recent keys; error from {least} to {most})"
+            f"{self.recent} recent keys; error from {least} to {most}"
+            f"{without_interval(self.interval, len(self.lengths))})"
         )
 
 

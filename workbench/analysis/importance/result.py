@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.pruning.curve import PruningCurve, prune_curve
 from workbench.analysis.statistics.correlation import spearman
-from workbench.analysis.statistics.intervals import effective_examples, means_t, medians
+from workbench.analysis.statistics.intervals import effective_examples, means_t, medians, without_interval
 from workbench.errors import WorkbenchError, nearest
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GRADIENTS = ("gradient", "gradient_magnitude", "attention_gradient")
-FEWEST = 0.1  # of all examples have to carry a mean, for its interval
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,15 +96,12 @@ class HeadImportance(Result):
     def interval(self, method: str | None = None, measure: str | None = None) -> Tensor:
         """[head, 2] Student's t interval of the mean score over examples, at `level`.
 
-        It is of the mean over prompts like these. NaN with one example; and where fewer than a tenth of the examples
-        carry the mean (`effective`), as of a loss that is nearly 0 on most: there no interval of a mean holds what it
-        promises, and `median` says more. A sample that happens to hold none of those few cannot tell, and its interval
-        is too short: where scores of examples differ by orders of magnitude, as those of losses do, go by `median`, or
-        by a measure such as "logit_diff". The lengths of layers count as known where scores are normalised.
+        It is of the mean over prompts like these. NaN with one example; and where few of eight examples or more carry
+        the mean (`workbench.analysis.statistics.intervals.carried_by_few`), as of a loss that is nearly 0 on most:
+        there no interval of a mean holds what it promises. Go by `median`, by a measure that no example dominates, such
+        as "logit_diff", or take more examples. The lengths of layers count as known where scores are normalised.
         """
-        found = self.examples(method, measure)
-        few = self.effective(method, measure) < self.n_examples * FEWEST
-        return means_t(found, self.level).masked_fill(few[:, None], torch.nan)
+        return means_t(self.examples(method, measure), self.level)
 
     def effective(self, method: str | None = None, measure: str | None = None) -> Tensor:
         """[head] how many examples carry the mean score: (Σ|e|)² / Σe²."""
@@ -210,9 +206,9 @@ class HeadImportance(Result):
             shown = ", ".join(
                 f"{self.heads[i]} {float(score[i]):.3g}{span}" for i, span in zip(best, spans, strict=True)
             )
-            few = int((self.effective(method, measure) < self.n_examples * FEWEST).sum())
-            said = f" (no interval of {few}: few examples carry the mean, see the median)" if few else ""
-            said = " (no interval from one example)" if self.n_examples == 1 else said
+            said = without_interval(ends, self.n_examples)
+            said = f"{said}: see median, or take more" if said else ""
+            said = "; no interval from one example" if self.n_examples == 1 else said
             lines.append(f"  {method}, {measure}: {shown}{said}")
         lines += [f"  {method}, {measure}: none; {why}" for (method, measure), why in self.skipped.items()]
         return "\n".join(lines)

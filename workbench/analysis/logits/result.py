@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.analysis.statistics.intervals import means_t
+from workbench.analysis.statistics.intervals import means_t, without_interval
 from workbench.storage.result import Result
 from workbench.tokens import visible
 
@@ -55,7 +55,7 @@ class LogitAttribution(Result):
 
     @property
     def interval(self) -> Tensor:
-        """[part, 2] 95 % t intervals of the means over prompts; NaN of one prompt."""
+        """[part, 2] 95 % t intervals of the means over prompts; NaN of one prompt, and where few carry a mean."""
         return means_t(self.values)
 
     @property
@@ -92,5 +92,5 @@ class LogitAttribution(Result):
         off = float(self.rounding.abs().max())
         return (
             f"LogitAttribution({self.asked}: {float(self.logits.mean()):.2f}{capped}, {len(self.targets)} prompts; "
-            f"{best}; rounding {off:.1e})"
+            f"{best}; rounding {off:.1e}{without_interval(self.interval, len(self.targets))})"
         )

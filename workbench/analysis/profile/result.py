@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.analysis.statistics.intervals import means_t
+from workbench.analysis.statistics.intervals import means_t, without_interval
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
 from workbench.storage.typed import Between
@@ -75,7 +75,8 @@ class AttentionProfile(Result):
 
     @property
     def mass_interval(self) -> Tensor:
-        """[row, bin, 2] Student's t interval of `mass`, the mean over examples; NaN with one example."""
+        """[row, bin, 2] Student's t interval of `mass`, the mean over examples; NaN with one example, and where few
+        carry a mean."""
         return means_t(self.mass_examples.movedim(0, -1), self.level)
 
     def of(self, measure: str) -> Tensor:
@@ -94,7 +95,8 @@ class AttentionProfile(Result):
         return torch.where(count > 1, (away / (count - 1).clamp(min=1)).sqrt(), torch.nan)
 
     def interval(self, measure: str) -> Tensor:
-        """[row, 2] Student's t interval of a measure's mean over the examples it applies to; NaN of fewer than two."""
+        """[row, 2] Student's t interval of a measure's mean over the examples it applies to; NaN of fewer than two,
+        and where few carry a mean."""
         return means_t(self.examples[..., self._index(measure)].T, self.level)
 
     def _index(self, measure: str) -> int:
@@ -144,7 +146,11 @@ class AttentionProfile(Result):
 
     def __repr__(self) -> str:
         where = f"{self.grid[0]} x {self.grid[1]} patches" if self.kind == "image" else f"up to {self.grid[1]} tokens"
-        return f"AttentionProfile({len(self.labels)} heads, {self.n_examples} examples, {where}, sink {self.sink})"
+        ends = torch.stack([self.interval(measure) for measure in self.measures])
+        return (
+            f"AttentionProfile({len(self.labels)} heads, {self.n_examples} examples, {where}, sink {self.sink}"
+            f"{without_interval(ends, self.n_examples)})"
+        )
 
 
 def bin_name(hops: tuple[int, int]) -> str:

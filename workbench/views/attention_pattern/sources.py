@@ -11,7 +11,7 @@ import torch
 from workbench.capture.capture import Capture
 from workbench.errors import CaptureError, ReportError, WorkbenchError
 from workbench.hooks.sites import Site
-from workbench.kernels.patterns import DensePattern, Pattern, SignedPattern
+from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.views.attention_pattern import pyramid
 
 EXACT = 256  # up to so many tokens, cells of few heads are kept as they are
@@ -63,8 +63,7 @@ def sources_of(
             raise ReportError("there are no weights to show", shape=weights.shape)
         weights = weights.reshape(-1, *weights.shape[-3:]) if weights.dim() > 2 else weights[None, None]
         normalised = bool(torch.allclose(weights.double().sum(-1), torch.ones((), dtype=torch.float64), atol=1e-3))
-        signed = bool((weights < 0).any())
-        source = SignedPattern(weights.float()) if signed else DensePattern(weights.float(), normalised=normalised)
+        source = DensePattern.of(weights.float(), normalised=normalised)
     if not isinstance(source, Pattern):
         raise ReportError(f"a {type(source).__name__} has no pattern", hint="pass a capture, a pattern or a tensor")
     for name, texts, n in (("tokens", tokens, source.n_queries), ("key_tokens", key_tokens, source.n_keys)):

@@ -65,7 +65,7 @@ class Atlas {
       controls.append(picked.field);
     }
     if (metrics.some(({ interval }) => interval)) {
-      const hide = settings.mark("certain", "Hide heads whose interval crosses 0", false, (on) => {
+      const hide = settings.mark("certain", "Hide heads whose interval crosses 0, or that have none", false, (on) => {
         this.onlyCertain = on;
         this.draw();
       });
@@ -84,7 +84,7 @@ class Atlas {
 
   /** The value to draw; NaN where it is not known or hidden. */
   value(index) {
-    const hidden = this.onlyCertain && this.about.interval && this.at("low", index) <= 0 && this.at("high", index) >= 0;
+    const hidden = this.onlyCertain && this.about.interval && !(this.at("low", index) > 0 || this.at("high", index) < 0);
     return hidden ? NaN : this.at("values", index);
   }
 
@@ -136,7 +136,8 @@ class Atlas {
     const where = `${grid.group.label}, ${grid.nameOf(row, column)}`;
     if (!this.about) return where;
     const { label, unit, interval } = this.about;
-    const range = interval ? `, interval ${exactly(this.at("low", index))} to ${exactly(this.at("high", index))}` : "";
+    const ends = Number.isFinite(this.at("low", index)) ? `interval ${exactly(this.at("low", index))} to ${exactly(this.at("high", index))}` : "no interval";
+    const range = interval ? `, ${ends}` : "";
     return `${where}: ${label.toLowerCase()} ${exactly(this.at("values", index))}${unit === "mass" ? "" : ` ${unit}`}${range}`;
   }
 

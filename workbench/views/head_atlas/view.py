@@ -125,7 +125,7 @@ def head_atlas(
             name: np.asarray(block, np.float32) for name, block in zip(("values", "low", "high"), several, strict=True)
         },
         table=_table(groups, names, *several),
-        notes=_notes(sites, several[0], names),
+        notes=_notes(names, *several),
         selection={} if begins is None else begins.selection,
         provenance=provenance or {},
     )
@@ -177,7 +177,13 @@ def _table(groups: list[dict[str, Any]], names: list[str], values: Any, low: Any
     return table
 
 
-def _notes(sites: Sequence[Site], values: Any, names: list[str]) -> tuple[str, ...]:
+def _notes(names: list[str], values: Any, low: Any, high: Any) -> tuple[str, ...]:
     kinds = (("Not known for every head", np.isnan), ("Infinite for some heads", np.isinf))
     found = [(what, [name for i, name in enumerate(names) if odd(values[i]).any()]) for what, odd in kinds]
-    return tuple(f"{what}, and grey there: {', '.join(some)}." for what, some in found if some)
+    notes = [f"{what}, and grey there: {', '.join(some)}." for what, some in found if some]
+    bare = np.isfinite(values) & ~(np.isfinite(low) & np.isfinite(high))
+    some = [f"{count(int(bare[i].sum()), 'head')} by {name}" for i, name in enumerate(names)
+            if np.isfinite(low[i]).any() and bare[i].any()]  # fmt: skip
+    if some:
+        notes.append(f"No interval of {', '.join(some)}: few examples carry the mean, or only one is known; take more.")
+    return tuple(notes)

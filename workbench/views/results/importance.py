@@ -53,7 +53,7 @@ def _intervals(importance: HeadImportance) -> str:
     """Which intervals there are, in words."""
     ends = [importance.interval(*each) for each in importance.scores]
     if all(bool(each.isnan().all()) for each in ends):
-        return "too few of them carry the mean of any head for a t interval."
+        return "no t interval, since few of them carry the mean of any head: see the medians, or take more examples."
     return f"t intervals of the mean at {100 * importance.level:.4g}%, none where few examples carry it."
 
 
