@@ -195,3 +195,11 @@ def test_where_tensors_would_not_be_on_the_host_or_no_numbers_at_all(open_it: Ca
             model(X)
         with pytest.raises(CaptureError, match="being traced"), open_it(wb):
             torch.jit.trace(model, (X,))
+
+
+def test_a_model_without_numbers_is_edited_no_more_than_it_is_captured() -> None:
+    model = Model().to("meta")
+    with workbench.attach(model) as wb:
+        for opened in (wb.ablate("L0H1"), wb.edit_pattern("L0H1", lambda r, *_: r), wb.watch_rows("L0H1", print)):
+            with pytest.raises(CaptureError, match='on the "meta" device'), opened:
+                model(X.to("meta"))

@@ -24,6 +24,7 @@ from workbench.hooks.observer import Observer
 from workbench.hooks.placing import learn
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.truth import Checked
+from workbench.inputs import check_numbers
 from workbench.session.recorder import Recorder
 from workbench.session.row_watch import RowWatch
 
@@ -247,6 +248,8 @@ class OpenContexts(Listener):
 
     def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Edits are told, and the capture takes the ids."""
+        if self._mine() or self._watching():
+            check_numbers((*args, *kwargs.values()))
         self._tell_edits(args, kwargs)
         for watch in self._watching():
             watch.guarded(watch.on_inputs, args, kwargs)
