@@ -30,6 +30,7 @@ class HeadOutputs:
     arena: Arena
     sites: frozenset[str]
     projections: ProjectionFinder = field(default_factory=ProjectionFinder)
+    _sites_around: dict[str, str | None] = field(default_factory=dict)
     _ran: dict[int, dict[str, tuple[str, nn.Module, Tensor]]] = field(default_factory=dict)
 
     def end(self, thread: int) -> None:
@@ -107,10 +108,15 @@ class HeadOutputs:
         """The last linear module inside of a site whose call was not told yet, or whose projection is not known, or
         lies behind a gate.
         """
-        parts = name.split(".")
-        site = next(
-            (one for end in range(len(parts) - 1, -1, -1) if (one := ".".join(parts[:end])) in self.sites), None
-        )
+        site = self._around(name)
         known = site is not None and self.projections.knows(site) and not self.projections.gated(site)
         if site is not None and not (known and self.projections.awaits(site)):
             self._ran.setdefault(threading.get_ident(), {})[site] = name, module, given
+
+    def _around(self, name: str) -> str | None:
+        """The site that a module is a part of."""
+        if name not in self._sites_around:
+            parts = name.split(".")
+            outer = (".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1))
+            self._sites_around[name] = next((one for one in outer if one in self.sites), None)
+        return self._sites_around[name]
