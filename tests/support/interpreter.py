@@ -47,7 +47,7 @@ def _keep_types() -> None:
     of_numpy, of_block, of_tensor = interpreter._get_np_dtype, core.block_type.__init__, core.tensor.__init__
     dtypes: dict[str, Any] = {}
     blocks: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
-    sizes: dict[int, tuple[Any, Any]] = {}  # by the shape's identity: those in `blocks` stay
+    sizes: dict[int, tuple[Any, Any]] = {}  # by the shape's identity, as those in `blocks` stay; 0: of single numbers
 
     def dtype(of: Any) -> Any:
         if of.name not in dtypes:
@@ -65,10 +65,13 @@ def _keep_types() -> None:
         vars(self).update(blocks[key][1])
 
     def tensor(self: Any, handle: Any, type: Any) -> None:
-        if type.is_block() and id(type.shape) in sizes:
+        size = id(type.shape) if type.is_block() else 0
+        if size in sizes:
             self.handle, self.type, self.dtype = handle, type, type.scalar
-            self.numel, self.shape = sizes[id(type.shape)]
+            self.numel, self.shape = sizes[size]
         else:
             of_tensor(self, handle, type)
+            if not size:
+                sizes[0] = self.numel, self.shape
 
     interpreter._get_np_dtype, core.block_type.__init__, core.tensor.__init__ = dtype, block, tensor
