@@ -22,6 +22,7 @@ SMALL: dict[str, dict[str, int]] = {
     "05-cross-attention": {"N_CLIPS": 2, "N_MASKS": 40, "N_ENCODER_MASKS": 40},
     "06-capacity": {"N_PROMPTS": 12, "N_EXAMPLES": 4, "N_REPEATS": 3, "N_CHOICES": 3},
     "07-linear-layers": {"N_STEPS": 3, "N_EPOCHS": 1},
+    "09-where-it-looks": {"N_PICTURES": 4},
     "10-two-ways-of-thinking": {"N_MAZES": 12, "N_PROMPTS": 8, "N_DRAWS": 20, "N_BOOTSTRAP": 10},
     "interventions": {"N_PROMPTS": 2},
 }
