@@ -28,7 +28,7 @@ SMALL: dict[str, dict[str, int]] = {
 
 LARGE = (
     "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.export", "scipy.optimize",
-    "scipy.stats", "pandas", "jsonschema", "ipykernel.kernelapp", "tqdm.auto", "matplotlib.backends.backend_agg",
+    "scipy.stats", "pandas", "ipykernel.kernelapp", "tqdm.auto", "matplotlib.backends.backend_agg",
     "transformers.models.gpt2.modeling_gpt2", "workbench.session", "workbench.models", "workbench.tasks",
     "workbench.mechanisms", "workbench.views",
 )  # fmt: skip
