@@ -68,6 +68,13 @@ def open_notebook(page: Page, address: str, name: str) -> None:
     page.wait_for_function(f"window.jupyterapp && {_IDLE}")
 
 
+def open_instead(page: Page, name: str) -> None:
+    """Open another notebook in place of the one that is open, and wait for its kernel."""
+    page.evaluate("window.jupyterapp.shell.currentWidget.dispose()")
+    command(page, "docmanager:open", path=name)
+    page.wait_for_function(f"window.jupyterapp.shell.currentWidget?.context?.path === {name!r} && {_IDLE}")
+
+
 def command(page: Page, name: str, **arguments: object) -> None:
     """Run one of JupyterLab's commands, and wait for it."""
     page.evaluate("([name, args]) => window.jupyterapp.commands.execute(name, args)", [name, arguments])
