@@ -60,11 +60,11 @@ class Watch:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def lab(tmp_path_factory: pytest.TempPathFactory, forked: list[str]) -> Iterator[tuple[str, Path]]:
     pytest.importorskip("jupyterlab")
     folder = tmp_path_factory.mktemp("notebooks")
     _notebook(folder)
-    with jupyterlab(folder, tmp_path_factory.mktemp("home")) as address:
+    with jupyterlab(folder, tmp_path_factory.mktemp("home"), forked) as address:
         yield address, folder
 
 
