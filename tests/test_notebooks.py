@@ -14,12 +14,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAKER = runpy.run_path(str(ROOT / "docs" / "make_notebooks.py"))
 SMALL: dict[str, dict[str, int]] = {
     "02-long-context": {"N": 1024},
-    "03-heads": {"N_PROMPTS": 8, "N_ORDERS": 1, "N_EPOCHS": 1},
-    "04-circuits": {"N_PROMPTS": 2, "N_DRAWS": 10, "N_HELD_OUT": 4},
+    "03-heads": {"N_IMAGES": 10, "N_PROMPTS": 8, "N_ORDERS": 1, "N_EPOCHS": 1},
+    "04-circuits": {"N_PROMPTS": 2, "N_DRAWS": 10, "N_BOOTSTRAP": 10, "N_HELD_OUT": 4},
     "05-cross-attention": {"N_CLIPS": 2, "N_MASKS": 40, "N_ENCODER_MASKS": 40},
     "06-capacity": {"N_PROMPTS": 12, "N_REPEATS": 3, "N_CHOICES": 6},
-    "07-linear-layers": {"N_STEPS": 3},
-    "10-two-ways-of-thinking": {"N_MAZES": 12, "N_PROMPTS": 8, "N_DRAWS": 20},
+    "07-linear-layers": {"N_STEPS": 3, "N_EPOCHS": 1},
+    "10-two-ways-of-thinking": {"N_MAZES": 12, "N_PROMPTS": 8, "N_DRAWS": 20, "N_BOOTSTRAP": 10},
+    "interventions": {"N_PROMPTS": 2},
 }
 """What a test gives in place of a notebook's own parameters: the cell with the tag `parameters` says what there is."""
 
