@@ -107,6 +107,15 @@ def minilm() -> Path:
     return _model_folder(minilm)
 
 
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """What runs a module as `python -m` does, in a process that has most of what takes long to import."""
+    from support.forks import LARGE, forks
+
+    with forks(tmp_path_factory.mktemp("forks"), *LARGE) as command:
+        yield command
+
+
 _RUNNING = ExitStack()
 """Closes the browser that is open."""
 _SHARED: list["Browser"] = []
