@@ -21,6 +21,7 @@ from workbench.hooks.head_shards import HeadShard
 from workbench.hooks.projections import is_conv1d, is_linear
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Unplaced
+from workbench.hooks.weights import is_distributed
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,6 @@ def _axes(weight: Any) -> Iterator[tuple[int, int]]:
 def _rank(cut: _Cut) -> int:
     coordinate = cut.mesh.get_coordinate()
     return 0 if coordinate is None else int(coordinate[cut.mesh_axis])
-
-
-def is_distributed(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor; there is none unless their module is loaded."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def check_whole(module: nn.Module, site: str) -> None:

@@ -21,6 +21,7 @@ from workbench.hooks.positions import Positions
 from workbench.hooks.rows import check_row, head_values, rows
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.truth import Checked
 
 Source = Callable[[AttentionCall, Tensor], Tensor]
 HeadFunction = Callable[[Tensor, Site, int], Tensor]
@@ -206,7 +207,7 @@ class PatternEdit(HeadEdit):
         super().__init__(heads, Positions())
         check_functions({site: dict.fromkeys(chosen, edit) for site, chosen in heads.items()}, "edit(rows, site, head)")
         self.edit, self.queries = edit, queries
-        self._checked: dict[tuple[str, int], int] = {}  # of how many keys
+        self._checked = Checked()
 
     def replaced(self, call: AttentionCall, old: Tensor) -> Tensor:
         """rows' · V in the chosen rows of the chosen heads."""
@@ -226,10 +227,9 @@ class PatternEdit(HeadEdit):
                 return old
             here = head - call.shard.first
         present = rows(call, here, index, cross=site.kind == "cross")
-        n_keys = call.lengths[1]
-        if n_keys >= 2 * self._checked.get((call.site, head), 0):  # a row costs little, but a GPU has to be waited for
+        if self._checked.is_due(call, (call.site, head)):
             check_row(call, here, index, present)
-            self._checked[call.site, head] = n_keys
+            self._checked.add(call, (call.site, head))
         edited_before = _edited_rows.setdefault(call, {}).setdefault(head, [])
         for at, made in edited_before:
             present = _overlay(present, index, made, at)

@@ -55,7 +55,8 @@ class Layouts(Placing):
                 settled.append((one, one.reason))
                 continue
             self._attempts[key] += 1
-            self._guessed[key] = Known(bound.axes, "sizes", bound.count("batch"), None if run is None else run.examples)
+            examples = None if run is None else run.examples
+            self._guessed[key] = Known.seen(bound.axes, "sizes", bound, one.call, examples)
             if one.compared or self._attempts[key] >= _ATTEMPTS:
                 self._known[key] = self._guessed[key]
             if not one.told:
@@ -154,7 +155,7 @@ class Layouts(Placing):
             reason = f"the module states {stated} heads, and its call has {heads}"
             self.refused[one.call.site] = reason
             return [(one, reason)]
-        known = Known(axes, "values", bound.count("batch"), run.examples)
+        known = Known.seen(axes, "values", bound, one.call, run.examples)
         self._known[one.call.site, one.ordinal] = known
         self.refused.pop(one.call.site, None)
         if not one.told:

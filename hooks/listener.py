@@ -50,7 +50,7 @@ class Listener:
         """
         return None
 
-    def on_step(self, site: str, q: Tensor, k: Tensor, scale: float | None) -> bool:
+    def on_step(self, site: str, backend: str, q: Tensor, k: Tensor, scale: float | None) -> bool:
         """A site of `only` has one query, which sees all keys. Whether that is enough; else `on_call` is told of it.
 
         Args:

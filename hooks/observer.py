@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,8 +34,12 @@ from workbench.hooks.modes import close_torn
 from workbench.hooks.narrow import AGAIN, BeginHook, Hook, Narrow
 from workbench.hooks.nested import first_tensor
 from workbench.hooks.projections import is_linear
+from workbench.hooks.readers import reader_of
 from workbench.hooks.running import Running, ThreadRun
 from workbench.hooks.telling import Telling
+
+ANEW = "close the `with` before it, and open it again after"
+HOST = "torch.set_default_device('cpu'), or leave the `with torch.device(...)`; the model may stay where it is"
 
 
 class Observer(Telling):
@@ -59,6 +64,7 @@ class Observer(Telling):
         self._hooks: list[Hook] = []  # where inputs come in, and where a reader reads
         self._tellers: list[Hook] = []  # of modules as they begin and end
         self._only = frozenset[str]()
+        self._foreign = weakref.WeakSet[nn.Module]()
         self._lock, self._open = threading.RLock(), False  # one thread at a time exchanges hooks
         self._watched = Watched(model, regions, self._run_compiled) if regions else None
         self._eager = self._names if self._watched is None else self._watched.eager
@@ -155,6 +161,8 @@ class Observer(Telling):
     def _begin(self, module: nn.Module, args: Any, frame: FrameType | None = None, *, may_narrow: bool = True) -> None:
         name = self._names.get(module)
         if name is None:
+            name = self._name_of_new(module)
+        if name is None:
             return
         frame = sys._getframe(1) if frame is None else frame
         state = self._state(frame)
@@ -162,6 +170,7 @@ class Observer(Telling):
             return  # in the latter case hooks are being exchanged
         first = not state.stack and not self._goes_on(state, name, module, frame)
         if first:
+            self._check_surroundings()
             if may_narrow:
                 self.follow(self._listener.only())
             state.narrow = self._narrow is not None
@@ -183,6 +192,33 @@ class Observer(Telling):
         if first:
             self._listener.on_start(name)
         self._listener.on_module(name, module, args)
+
+    def _name_of_new(self, module: nn.Module) -> str | None:
+        """The name of a module that was put into the model since; None if it is none of its modules."""
+        state = self._threads.get(threading.get_ident())
+        if state is None or not state.stack or module in self._foreign:
+            return None
+        new = {one: name for name, one in self._model.named_modules() if one not in self._names}
+        if module not in new:
+            self._foreign.add(module)
+        for one, name in new.items():
+            if reader_of(one) is not None:
+                self._raise(CaptureError("it was put into the model after the `with` was opened", site=name, hint=ANEW))
+        self._names.update(new)
+        return new.get(module)
+
+    def _check_surroundings(self) -> None:
+        """Tensors that are made here are to be on the host, and numbers to be numbers."""
+        if torch._C._get_tracing_state() is not None:
+            self._raise(CaptureError("the model is being traced, its numbers stand for others", hint=ANEW))
+        elif torch.get_default_device().type != "cpu":
+            self._raise(
+                CaptureError(f"PyTorch makes tensors on {torch.get_default_device()} here by itself", hint=HOST)
+            )
+
+    def _raise(self, error: CaptureError) -> None:
+        if not self._listener.on_failed(error.site or "", error):
+            raise error
 
     def _goes_on(self, state: ThreadRun, name: str, module: nn.Module, frame: FrameType) -> bool:
         """Whether a module that begins while none runs belongs to the forward that ran before.

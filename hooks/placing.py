@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import prod
 from typing import Literal
 
@@ -38,18 +39,47 @@ def learn(site: str) -> str:
     return f"run wb.verify(**inputs) or one capture first, or {STATE_IT % site}"
 
 
+Order = tuple[tuple[int, int], ...]
+"""Size and stride of each axis."""
+
+
+def order_of(call: Unplaced) -> Order:
+    """Of the queries: a kernel may lay out its output as it likes, and a cache keys and values."""
+    q = call.tensors[0] if call.scored and call.tensors else None
+    return () if q is None else tuple(zip(q.shape, q.stride(), strict=True))
+
+
+def _sign(a: tuple[int, int], b: tuple[int, int]) -> int:
+    """Which of two axes lies further out in memory; 0 where an axis of one, or of copies, does not tell."""
+    return 0 if min(*a, b[0], b[1]) == 0 or min(a[0], b[0]) == 1 else (a[1] > b[1]) - (a[1] < b[1])
+
+
 @dataclass(frozen=True)
 class Known:
     """What is known of a site's call: its axes and how they are known.
 
     Attributes:
         batch, examples: how many entries its batch had where that was seen, and how many examples the model was given.
+        order: how the axes of what the kernel was given lay in memory, if that was looked at.
     """
 
     axes: Axes
     by: By
     batch: int = 1
     examples: int | None = None
+    order: Order = ()
+
+    @classmethod
+    def seen(cls, axes: Axes, by: By, bound: Bound, call: Unplaced, examples: int | None) -> Known:
+        """What was seen at a call."""
+        return cls(axes, by, bound.count("batch"), examples, order_of(call))
+
+    def is_of(self, call: Unplaced) -> bool:
+        """Whether the axes lie in memory as they did: of a model that exchanges them something else has to be shown."""
+        order = order_of(call)
+        return len(order) != len(self.order) or not any(
+            _sign(a, b) * _sign(c, d) < 0 for (a, c), (b, d) in combinations(zip(self.order, order, strict=True), 2)
+        )
 
     def tells(self, bound: Bound, examples: int | None) -> bool:
         """Whether it tells of these sizes too: where windows lie among examples does not show while one is alone."""
@@ -146,6 +176,8 @@ class Placing:
         known, settled = self._known.get((call.site, ordinal)), threading.get_ident() in self._settled
         if known is None and settled:
             known = self._guessed.get((call.site, ordinal))
+        if known is not None and not settled and not known.is_of(call):
+            known = None
         bound = None if known is None else known.axes.bind(shape)
         if known is not None and bound is not None and (settled or known.tells(bound, run.examples)):
             self._check_whole(call, run)

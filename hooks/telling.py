@@ -153,7 +153,7 @@ class Telling:
         try:
             check_plain(result[0], site)
             step = None if state.replay else registry.plain_step(args, kwargs)
-            if step is not None and self._listener.on_step(site, *step):
+            if step is not None and self._listener.on_step(site, backend, *step):
                 return result
             call = calls.of_backend((site, module), backend, module, args, kwargs, result[0], UNWATCHED, paged)
             z = self._listener.on_call(replace(call, replay=True) if state.replay else call)

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.hooks.tap import AttentionCall
+from workbench.kernels.checks import check_finite
 from workbench.kernels.patterns import Pattern
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+class Checked:
+    """Of which calls a row was compared with what the kernel gave.
+
+    It is due again where a site is called in another way than before, and where its keys have doubled: a row costs
+    little, but a device has to be waited for; and a row of one key tells nothing.
+    """
+
+    def __init__(self) -> None:
+        self._n_keys: dict[tuple[Hashable, ...], int] = {}
+        self._backends: set[tuple[Hashable, str]] = set()
+
+    def is_due(self, call: AttentionCall, of: Hashable) -> bool:
+        """Whether a row is to be compared; `of` is what is checked, such as a site, or a head of it."""
+        return call.lengths[1] >= 2 * self._n_keys.get(_way(call, of), 0)
+
+    def add(self, call: AttentionCall, of: Hashable) -> None:
+        """It was, and agreed."""
+        self._n_keys[_way(call, of)] = n_keys = call.lengths[1]
+        if n_keys > 1:
+            self._backends.add((of, call.backend))
+
+    def has(self, of: Hashable, backend: str) -> bool:
+        """Whether some call by this backend was checked."""
+        return (of, backend) in self._backends
+
+
+def _way(call: AttentionCall, of: Hashable) -> tuple[Hashable, ...]:
+    masked, made = call.mask is None, call.weights is None
+    return of, call.tap, call.kernel, call.backend, masked, made, call.is_causal, call.v.dtype, call.module.training
 
 
 def tolerance(call: AttentionCall, like: Tensor) -> float:
@@ -50,6 +84,9 @@ def check_last_row(call: AttentionCall, pattern: Pattern) -> None:
         alive = (pattern.seen.keys_per_query[:, :, last] > 0).expand(pattern.shape[:2])[:, both]
         error = torch.where(alive[..., None], off, 0.0).max().item()
     if not error <= allowed:
+        for name, tensor in (("q", call.q), ("k", call.k), ("v", call.v)):
+            if tensor is not None:
+                check_finite(name, tensor, call.site)
         raise CaptureError(
             f"the pattern rebuilt for the backend {call.backend or call.kernel} is not what it computes: "
             f"its last row gives an output that is {error:.1e} off",

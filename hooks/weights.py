@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,57 @@ from workbench.errors import CaptureError
 from workbench.hooks.configs import read
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+@dataclass(frozen=True)
+class AsTheyWere:
+    """What tells later, at no cost, whether tensors have changed: each one's dtype, device, place and writes to it.
+
+    They have where one was written to, or another took its place. One that is only on another device now has not. What
+    is written through `.data` PyTorch counts nowhere.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> then = AsTheyWere.of(layer.parameters())
+    >>> then.have_changed(layer.parameters()), then.have_changed(layer.bfloat16().parameters())
+    (False, True)
+    """
+
+    told: tuple[tuple[torch.dtype, torch.device, int, int], ...]
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> AsTheyWere:
+        """Of the tensors as they are now."""
+        return cls(tuple((t.dtype, t.device, _place(t), 0 if t.is_inference() else t._version) for t in tensors))
+
+    def have_changed(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether the tensors are others now."""
+        now = AsTheyWere.of(tensors).told
+        return len(now) != len(self.told) or any(map(_differs, self.told, now))
+
+
+def _place(tensor: Tensor) -> int:
+    """Where its numbers lie; 0 where it has no place of its own, as what is offloaded or of several parts."""
+    return 0 if tensor.is_meta or is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
+
+
+def _differs(a: tuple[torch.dtype, torch.device, int, int], b: tuple[torch.dtype, torch.device, int, int]) -> bool:
+    moved = a[2] != b[2] and a[2] != 0 and b[2] != 0 and a[1] == b[1]
+    return a[0] != b[0] or a[3] != b[3] or moved
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor; there is none unless their module is loaded."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def sources(module: nn.Module) -> list[Tensor]:
+    """What the weight of a linear module is made of: itself, or what is parametrized, normed or pruned to give it."""
+    if isinstance(module.weight, nn.Parameter):
+        return [module.weight]
+    named = (*module.named_parameters(), *module.named_buffers())
+    found = [tensor for name, tensor in named if name.split(".")[-1] != "bias"]
+    return found or [tensor for tensor in (module.weight,) if isinstance(tensor, Tensor)]
 
 
 def stored(model: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
@@ -131,7 +184,7 @@ def matrix(module: nn.Module) -> Tensor:
                 hint="compute results with the model in memory",
             )
         weight = found.detach()
-    if type(weight).__name__ == "DTensor":
+    if is_distributed(weight):
         weight = _columns_here(module, weight)
     if is_traceable_wrapper_subclass(weight) or (isinstance(weight, Tensor) and weight.is_quantized):
         hint = f"a {type(weight).__name__} cannot be turned into one; load the model in floating point"

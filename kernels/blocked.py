@@ -296,7 +296,11 @@ def _for_heads(mask: Tensor, shared: int) -> Tensor:
 def _tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Dense attention of [tile, head, row, d] rows, with lse [tile, head, row]."""
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
-        bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        bias = (
+            None
+            if mask is None
+            else torch.zeros(mask.shape, dtype=q.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        )
         # The operator behind SDPA on the CPU, called by name because SDPA does not give its log-sum-exp.
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = flash(q, k, v, 0.0, False, attn_mask=bias, scale=scale)

@@ -242,7 +242,7 @@ class Mask:
         if self.layout is None:
             return None
         if self.layout.n_layouts == 1:
-            return self.layout.visible(queries, keys, torch.zeros(1, dtype=torch.long))
+            return self.layout.visible(queries, keys, torch.zeros(1, dtype=torch.long, device="cpu"))
         return self.layout.visible(queries, keys, self.layout.for_heads(heads, self.n_heads))
 
     def head_group(self, n_heads: int, n_kv_heads: int) -> int:
@@ -306,9 +306,9 @@ class Mask:
     def _summary_of_blocks(self, device: torch.device) -> MaskSummary:
         """Counts from the blocks of an exact layout: how much of each block its queries, or keys, have in common."""
         size, blocks = self._block, self._blocks
-        i = torch.arange(self.n_queries) + self.offset
-        j = torch.arange(self.n_keys)
-        key_start, row_start = (torch.arange(n) * size for n in (blocks.shape[2], blocks.shape[1]))
+        i = torch.arange(self.n_queries, device="cpu") + self.offset
+        j = torch.arange(self.n_keys, device="cpu")
+        key_start, row_start = (torch.arange(n, device="cpu") * size for n in (blocks.shape[2], blocks.shape[1]))
         key_stop = (key_start + size).clamp(max=self.n_keys)
         row_stop = (row_start + size).clamp(max=self.n_queries)
         last = i + 1 if self.causal else torch.full_like(i, self.n_keys)
@@ -370,6 +370,6 @@ def padding(lengths: Sequence[int], n: int, side: str = "right", causal: bool = 
     """
     if side not in ("left", "right"):
         raise CaptureError(f'padding is "left" or "right", not {side!r}')
-    position, length = torch.arange(n)[None, :], torch.tensor(list(lengths))[:, None]
+    position, length = torch.arange(n, device="cpu")[None, :], torch.tensor(list(lengths), device="cpu")[:, None]
     real = position < length if side == "right" else position >= n - length
     return Mask(n, n, causal=causal, tensor=real[:, None, None, :])

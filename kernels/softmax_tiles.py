@@ -130,7 +130,7 @@ class SoftmaxTiles:
         keys_t = self.problem.k[batch, kv].to(self.dtype).transpose(-1, -2).flatten(0, 1)
         plain = self.problem.softcap is None and self.problem.key_bias is None and not self.mask.additive
         less_lse = None if lse is None else lse[batch, heads, :, None].neg()
-        factor = float(torch.tensor(self.problem.scale * BITS, dtype=self.dtype))
+        factor = float(torch.tensor(self.problem.scale * BITS, dtype=self.dtype, device="cpu"))
         in_one_pass = plain and factor != 0 and less_lse is not None and bool((less_lse.abs() < _LARGE).all())
         if in_one_pass and less_lse is not None:  # times log₂ e, rounded as it is in the factor
             less_lse = (less_lse.double() * (factor / self.problem.scale)).to(self.dtype)

@@ -5,6 +5,7 @@ Where one is missing the test is skipped with the reason; with CI=true it fails,
 
 import gc
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,11 +21,13 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # What is compiled is kept, by the compilers themselves under digests of sources, options and versions.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "triton"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "inductor"))
+# The compiler has no option for a linker, but takes the program `ld` that is in this folder.
+os.environ.setdefault("COMPILER_PATH", str(Path(__file__).parents[1] / ".cache" / "linker"))
 # Python's bytecode too, or each of the many processes that tests start compiles the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -39,6 +42,12 @@ if TYPE_CHECKING:
 
     from support.browser import WatchedPage
 
+# Each kernel is linked with PyTorch's libraries, whose names gold reads in half of the time of the usual linker.
+if (gold := shutil.which("ld.gold")) is not None:
+    linker = Path(__file__).parents[1] / ".cache" / "linker" / "ld"
+    linker.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        linker.symlink_to(gold)
 sys.dont_write_bytecode = False  # what the variable above has said to this process
 # A slow machine is no failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -96,6 +105,15 @@ def minilm() -> Path:
     from support import minilm
 
     return _model_folder(minilm)
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """What runs a module as `python -m` does, in a process that has most of what takes long to import."""
+    from support.forks import LARGE, forks
+
+    with forks(tmp_path_factory.mktemp("forks"), *LARGE) as command:
+        yield command
 
 
 _RUNNING = ExitStack()

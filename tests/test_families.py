@@ -71,19 +71,14 @@ def test_capture_leaves_the_output_and_equals_eager(family: Family, mode: type[t
 @families
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
 def test_verify_holds(family: Family, mode: type[torch.no_grad]) -> None:
+    """On the fast kernel, where that is the usual one."""
     model, inputs = build(family), family.inputs()
     with mode(), workbench.attach(model) as wb:
         found = wb.verify(**inputs)
     assert found.ok, found.table
     assert not max(check["row_sum_error"] for check in found.checks) >= 1e-5
-
-
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda one: one.name)
-def test_models_stay_on_their_fast_kernel(family: Family) -> None:
-    model, inputs = make(family), family.inputs()
-    with torch.no_grad(), workbench.attach(model) as wb:
-        found = wb.verify(**inputs)
-    assert {check["kernel"] for check in found.checks} == {"flash_attention_for_cpu"}
+    if family in FAMILIES:
+        assert {check["kernel"] for check in found.checks} == {"flash_attention_for_cpu"}
 
 
 @pytest.mark.parametrize(

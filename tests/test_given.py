@@ -57,3 +57,13 @@ def test_what_is_no_prompt_is_refused() -> None:
     for given in (nn.Linear(1, 1), [["ragged"], ["rows", "of words"]]):
         with pytest.raises(workbench.CaptureError, match="a prompt is a text, or its ids, and no "):
             ids_of(object.__new__(workbench.Workbench), given)
+
+
+def test_tokens_and_statistics_that_are_none_are_refused() -> None:
+    for tokens in (3, None):
+        with pytest.raises(workbench.WorkbenchError, match=r"`tokens` is .*, and no Iterable"):
+            views.token_strip(tokens, [0.5])  # type: ignore[arg-type]
+    capture = object.__new__(workbench.Capture)
+    for read in (capture.stack, capture.table):
+        with pytest.raises(workbench.WorkbenchError, match="`statistic` is a int, and no str"):
+            read(3)  # type: ignore[arg-type]

@@ -131,7 +131,7 @@ def test_a_generated_sequence_is_one_forward(name: str) -> None:
     assert_same(joined, whole)
     n = ids.shape[1] + NEW - 1
     assert joined[0].pattern.rows([-1, 0]).shape == (len(ids), 4, 2, n)
-    assert "1 forward(s), 2 sites" in repr(joined)
+    assert "1 forward, 2 sites" in repr(joined)
     assert f"[batch, head, query, key] [{len(ids)}, 4, {n}, {n}]" in repr(joined)
     assert set(joined.table("received", per="position").position) == set(range(n))
 

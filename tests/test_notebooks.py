@@ -3,37 +3,27 @@
 import ast
 import re
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 
-from support.forks import forks
-
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAKER = runpy.run_path(str(ROOT / "docs" / "make_notebooks.py"))
 SMALL: dict[str, dict[str, int]] = {
     "02-long-context": {"N": 1024},
-    "03-heads": {"N_PROMPTS": 8, "N_ORDERS": 1, "N_EPOCHS": 1},
-    "04-circuits": {"N_PROMPTS": 2, "N_DRAWS": 10, "N_HELD_OUT": 4},
+    "03-heads": {"N_IMAGES": 10, "N_PROMPTS": 8, "N_ORDERS": 1, "N_EPOCHS": 1},
+    "04-circuits": {"N_PROMPTS": 2, "N_DRAWS": 10, "N_BOOTSTRAP": 10, "N_HELD_OUT": 4},
     "05-cross-attention": {"N_CLIPS": 2, "N_MASKS": 40, "N_ENCODER_MASKS": 40},
-    "06-capacity": {"N_PROMPTS": 12, "N_REPEATS": 3, "N_CHOICES": 6},
-    "07-linear-layers": {"N_STEPS": 3},
-    "10-two-ways-of-thinking": {"N_MAZES": 12, "N_PROMPTS": 8, "N_DRAWS": 20},
+    "06-capacity": {"N_PROMPTS": 12, "N_EXAMPLES": 4, "N_REPEATS": 3, "N_CHOICES": 3},
+    "07-linear-layers": {"N_STEPS": 3, "N_EPOCHS": 1},
+    "09-where-it-looks": {"N_PICTURES": 4},
+    "10-two-ways-of-thinking": {"N_MAZES": 12, "N_PROMPTS": 8, "N_DRAWS": 20, "N_BOOTSTRAP": 10},
+    "interventions": {"N_PROMPTS": 2},
 }
 """What a test gives in place of a notebook's own parameters: the cell with the tag `parameters` says what there is."""
-
-LARGE = (
-    "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.export", "scipy.optimize",
-    "scipy.stats", "pandas", "jsonschema", "ipykernel.kernelapp", "tqdm.auto", "matplotlib.backends.backend_agg",
-    "transformers.models.gpt2.modeling_gpt2", "workbench.session", "workbench.models", "workbench.tasks",
-    "workbench.mechanisms", "workbench.views",
-)  # fmt: skip
-"""What notebooks import, and what takes longest. Three ask at once where they run: tqdm finds a kernel's modules there,
-Matplotlib the backend that kernels have (`forks`), and ipywidgets, which finds no kernel, is told of it later."""
 
 
 def parameters(notebook: Any) -> list[int]:
@@ -46,22 +36,15 @@ def assigned(source: str) -> set[str]:
     return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """What begins kernels that need not import most of what notebooks use."""
-    with forks(tmp_path_factory.mktemp("kernels"), *LARGE) as command:
-        yield command
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path, tmp_path: Path, command: list[str]) -> None:
+def test_notebook_runs(path: Path, tmp_path: Path, forked: list[str]) -> None:
     notebook = nbformat.read(path, as_version=4)
     small = SMALL.get(path.stem, {})
     for i in parameters(notebook):
         assert assigned(notebook.cells[i].source) == small.keys()
         made = "\n".join(f"{name} = {value}" for name, value in small.items())
         notebook.cells.insert(i + 1, nbformat.v4.new_code_cell(made))
-    MAKER["execute"](notebook, tmp_path, command)
+    MAKER["execute"](notebook, tmp_path, forked)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
 

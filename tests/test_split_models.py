@@ -35,10 +35,10 @@ WHOLE: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, str]]]:
+def found(tmp_path_factory: pytest.TempPathFactory, forked: list[str]) -> list[dict[str, dict[str, str]]]:
     """What each process found wrong, and what the second was told when the first had ended."""
     folder = tmp_path_factory.mktemp("ranks")
-    return found_by("support.split_model_ranks", RANKS, folder, "transformers.models.llama.modeling_llama")
+    return found_by("support.split_model_ranks", RANKS, folder, forked)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,12 +7,12 @@ from support.tensor_parallel_ranks import CASES, RANKS, models
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def found(tmp_path_factory: pytest.TempPathFactory, forked: list[str]) -> list[dict[str, str]]:
     """What each process found wrong, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     for name, model in models().items():
         model.save_pretrained(folder / name)
-    return found_by("support.tensor_parallel_ranks", RANKS, folder, "transformers.models.llama.modeling_llama")
+    return found_by("support.tensor_parallel_ranks", RANKS, folder, forked)
 
 
 @pytest.mark.parametrize("case", CASES)

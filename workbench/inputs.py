@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,16 @@ def packed_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     return of_inputs(named, 1 if first is None else first.shape[0])
 
 
+def check_numbers(inputs: Iterable[Any]) -> None:
+    """Raise a CaptureError if one of the inputs is on the "meta" device."""
+    if (empty := next((t for t in inputs if isinstance(t, Tensor) and t.is_meta), None)) is not None:
+        raise CaptureError(
+            'an input is on the "meta" device, where tensors have sizes and no numbers',
+            shape=empty.shape,
+            hint="load the model's weights onto a device; wb.estimate tells without them what a capture would keep",
+        )
+
+
 def check_inputs(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -67,12 +77,7 @@ def check_inputs(
                     shape=tensor.shape,
                     hint=f'move the inputs with .to("{first.device}")',
                 )
-    if (empty := next((t for t in tensors if t.is_meta), None)) is not None:
-        raise CaptureError(
-            'an input is on the "meta" device, where tensors have sizes and no numbers',
-            shape=empty.shape,
-            hint="load the model's weights onto a device; wb.estimate tells without them what a capture would keep",
-        )
+    check_numbers(tensors)
     limit = context_length(model) if context is None else context()
     for name, ids in token_ids(args, kwargs).items():
         if ids.numel() == 0:

@@ -103,6 +103,8 @@ class Call:
         self.outputs = self._outputs(flags)
 
     def _input(self, name: str, tensor: Tensor) -> None:
+        if not tensor.is_cpu:
+            raise AssertionError(f"{name} is on {tensor.device}, and the library reads from the host")
         self.inputs.append(tensor)
         setattr(self.job, name, tensor.data_ptr())
 
@@ -139,7 +141,7 @@ class Call:
         if targets:
             self._input("targets", torch.stack(list(targets)).contiguous())
         if flags & Flag.MEMBER:
-            member = torch.zeros(n_keys)
+            member = torch.zeros(n_keys, device="cpu")
             member[self.options.sinks(n_keys)] = 1
             self._input("member", member)
         if flags & Flag.INDUCTION:
@@ -152,16 +154,21 @@ class Call:
         row, top = (b, h, n_q), (b, h, n_q, job.n_top)
         blocks = (b, h, -(-n_q // block), -(-n_k // block))
         # The library writes every number of these, and adds to those of blocks.
-        made = {} if self.problem.lse is not None else {"lse_out": torch.empty(row)}
-        made |= {name: torch.empty(row, dtype=dtype) for flag, name, dtype in _ROW_OUTPUTS if flags & flag}
+        made = {} if self.problem.lse is not None else {"lse_out": torch.empty(row, device="cpu")}
+        made |= {
+            name: torch.empty(row, dtype=dtype, device="cpu") for flag, name, dtype in _ROW_OUTPUTS if flags & flag
+        }
         if flags & Flag.TARGETS:
-            made["at_target"] = torch.empty(job.n_targets, *row)
+            made["at_target"] = torch.empty(job.n_targets, *row, device="cpu")
         if flags & Flag.TOP:
-            made |= {"top_weight": torch.empty(top), "top_key": torch.empty(top, dtype=torch.int32)}
+            made |= {
+                "top_weight": torch.empty(top, device="cpu"),
+                "top_key": torch.empty(top, dtype=torch.int32, device="cpu"),
+            }
         if flags & Flag.RECEIVED:
-            made["received"] = torch.empty(job.segments, b, h, n_k, dtype=torch.float64)
+            made["received"] = torch.empty(job.segments, b, h, n_k, dtype=torch.float64, device="cpu")
         if flags & Flag.POOLED:
-            made |= {"pool_sum": torch.zeros(blocks), "pool_max": torch.zeros(blocks)}
+            made |= {"pool_sum": torch.zeros(blocks, device="cpu"), "pool_max": torch.zeros(blocks, device="cpu")}
         for name, tensor in made.items():
             setattr(job, name, tensor.data_ptr())
         return made

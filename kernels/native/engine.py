@@ -103,5 +103,5 @@ class NativeEngine:
 
 def _target(problem: SoftmaxProblem, name: str) -> Tensor:
     """[batch, head, query] int32: the key whose weight is asked for; negative for none."""
-    position = torch.arange(problem.shape[2]) + problem.mask.offset
+    position = torch.arange(problem.shape[2], device="cpu") + problem.mask.offset
     return _TARGET_KEYS[name](problem, position).expand(problem.shape[:3]).int()

@@ -40,7 +40,7 @@ class LayoutRuns:
             words, width = _words_of_blocks(layout, mask.n_queries, strip), layout.block
         else:
             words, width = _words_of_keys(layout, mask, strip), 1
-        everybody = torch.full((words.shape[1],), -1, dtype=torch.int64)
+        everybody = torch.full((words.shape[1],), -1, dtype=torch.int64, device="cpu")
         last = mask.n_queries - strip * (words.shape[1] - 1)
         if last < 64:
             everybody[-1] = (1 << last) - 1
@@ -57,8 +57,8 @@ class LayoutRuns:
         word = torch.where(full, -1, lengths.cumsum(0) - lengths)
         per_key = words.repeat_interleave(width, dim=2)[..., : mask.n_keys]
         needed = (kind == 1).repeat_interleave(width, dim=2)[..., : mask.n_keys]
-        counts = torch.zeros(words.shape[:2], dtype=torch.int64).index_put_(
-            (at[:, 0], at[:, 1]), torch.ones(len(at), dtype=torch.int64), accumulate=True
+        counts = torch.zeros(words.shape[:2], dtype=torch.int64, device="cpu").index_put_(
+            (at[:, 0], at[:, 1]), torch.ones(len(at), dtype=torch.int64, device="cpu"), accumulate=True
         )
         ends = counts.flatten().cumsum(0).view_as(counts)
         first = torch.cat(((ends[:, :1] - counts[:, :1]), ends), dim=1)
@@ -67,14 +67,14 @@ class LayoutRuns:
 
 def _words_of_blocks(layout: Layout, n_queries: int, strip: int) -> Tensor:
     """[layout, strip, key block] words, where blocks are visible as a whole."""
-    rows = torch.arange(n_queries) // layout.block
+    rows = torch.arange(n_queries, device="cpu") // layout.block
     seen = layout.blocks()[:, rows]
     return _packed(seen, strip)
 
 
 def _words_of_keys(layout: Layout, mask: Mask, strip: int) -> Tensor:
     """[layout, strip, key] words, strip by strip."""
-    every = torch.arange(layout.n_layouts)
+    every = torch.arange(layout.n_layouts, device="cpu")
     found = []
     for first in range(0, mask.n_queries, strip):
         queries = slice(first, min(first + strip, mask.n_queries))
@@ -85,7 +85,7 @@ def _words_of_keys(layout: Layout, mask: Mask, strip: int) -> Tensor:
 def _packed(seen: Tensor, strip: int) -> Tensor:
     """[layout, query, n] bool to words [layout, strip, n]: bit l for the l-th query of a strip."""
     rows = torch.nn.functional.pad(seen, (0, 0, 0, -seen.shape[1] % strip)).unflatten(1, (-1, strip))
-    words = torch.zeros(rows.shape[0], rows.shape[1], rows.shape[3], dtype=torch.int64)
+    words = torch.zeros(rows.shape[0], rows.shape[1], rows.shape[3], dtype=torch.int64, device="cpu")
     for lane in range(strip):
         words |= rows[:, :, lane].long() << lane
     return words

@@ -69,7 +69,7 @@ def planted(n_each: int = 5, n_inputs: int = 4, n: int = N, seed: int = 0) -> tu
 @pytest.fixture(scope="module")
 def atlas() -> tuple[PatternAtlas, list[int]]:
     weights, labels = planted()
-    return pattern_atlas(captured(weights), n_clusters=5, epochs=40, progress=False), labels
+    return pattern_atlas(captured(weights), n_clusters=5, epochs=15, progress=False), labels
 
 
 def test_rand_index_of_known_partitions() -> None:

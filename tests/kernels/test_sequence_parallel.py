@@ -15,10 +15,10 @@ from workbench.kernels.sequence_parallel import SplitSequence, split_attention, 
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+def found(tmp_path_factory: pytest.TempPathFactory, forked: list[str]) -> list[dict[str, object]]:
     """What each of four processes found wrong, and what it was told when one of them had ended."""
     folder = tmp_path_factory.mktemp("ranks")
-    return found_by("support.sequence_ranks", RANKS, folder)
+    return found_by("support.sequence_ranks", RANKS, folder, forked)
 
 
 @pytest.mark.parametrize("case", CASES)

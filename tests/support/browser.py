@@ -1,6 +1,7 @@
 """A browser page that keeps a record of what went wrong on it and of every attempt to reach the network."""
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -92,7 +93,7 @@ class WatchedPage:
     page: Page
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
-    _handed_over: int = 0
+    _handed_over: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
@@ -109,13 +110,17 @@ class WatchedPage:
         self.page.goto(path.resolve().as_uri())
         return self.page
 
-    def file(self, button: Locator) -> Path:
-        """The file that a press of the button hands over; Chromium drops all but ten of those of a second."""
-        if self._handed_over % 10 == 9:
-            self.page.wait_for_timeout(1_100)
-        self._handed_over += 1
+    def file(self, button: Locator, ending: str = "") -> Path:
+        """The file that a press of the button hands over, whose name there has this ending.
+
+        Chromium drops all but ten of those of a second.
+        """
+        if len(self._handed_over) >= 9:
+            self.page.wait_for_timeout(max(0.0, 1_100 - 1_000 * (time.monotonic() - self._handed_over[-9])))
         with self.page.expect_download() as download:
             button.click()
+        self._handed_over.append(time.monotonic())
+        assert download.value.suggested_filename.endswith(ending)
         return Path(download.value.path())
 
     def assert_clean(self) -> None:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,17 +21,28 @@ _LIFELINE = 63
 """A file descriptor that nothing else has."""
 
 
+LARGE = (
+    "torch", "torch._dynamo", "torch.distributed.tensor.parallel", "torch.distributed.fsdp",
+    "torch.distributed.pipelining", "torch.export", "scipy.optimize", "scipy.stats", "pandas", "ipykernel.kernelapp",
+    "tqdm.auto", "matplotlib.backends.backend_agg", "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama", "workbench.session", "workbench.models", "workbench.tasks",
+    "workbench.mechanisms", "workbench.views",
+)  # fmt: skip
+"""What notebooks and parts of split models import, and what takes longest. Three ask at once where they run: tqdm finds
+a kernel's modules there, Matplotlib the backend that kernels have, and ipywidgets, which finds no kernel, is told of it
+later."""
+
+
 @contextmanager
-def forks(folder: Path, *modules: str, environment: Mapping[str, str] | None = None) -> Iterator[list[str]]:
+def forks(folder: Path, *modules: str) -> Iterator[list[str]]:
     """The command that runs a module in such a process, before the module's name and its arguments.
 
     Args:
         folder: where the processes are asked for. modules: what they have imported.
-        environment: what they are imported with; by default, as here.
     """
     address = str(folder / "forks")
     command, pipe = [sys.executable, __file__, "serve", address, *modules], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment) as server:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as server:
         assert server.stdout is not None
         try:
             assert server.stdout.readline() == b"ready\n"
@@ -97,7 +108,7 @@ def _answer(asker: socket.socket) -> None:
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"])
-    sys.path[0] = ""
+    sys.path[:1] = ["", *filter(None, asked["environment"].get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = asked["command"]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,8 +21,12 @@ _IDLE = "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status
 
 
 @contextmanager
-def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
-    """The address of a JupyterLab that serves `folder` and keeps everything else in `home`."""
+def jupyterlab(folder: Path, home: Path, kernels: Sequence[str]) -> Iterator[str]:
+    """The address of a JupyterLab that serves `folder` and keeps everything else in `home`.
+
+    Args:
+        kernels: what runs a module in the place of `python -m`, for kernels.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -30,6 +34,10 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
     settings.mkdir(parents=True)
     news = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
     (settings / "default_setting_overrides.json").write_text(json.dumps(news))
+    kernel = home / "data" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    begin = [*kernels, "ipykernel_launcher", "--ext=ipywidgets", "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": begin, "display_name": "Python 3", "language": "python"}))
     tests = str(Path(__file__).parent.parent)
     path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
     own = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("DATA", "CONFIG", "RUNTIME")}
@@ -66,6 +74,13 @@ def open_notebook(page: Page, address: str, name: str) -> None:
     page.goto(f"{address}/lab/tree/{name}?reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell")
     page.wait_for_function(f"window.jupyterapp && {_IDLE}")
+
+
+def open_instead(page: Page, name: str) -> None:
+    """Open another notebook in place of the one that is open, and wait for its kernel."""
+    page.evaluate("window.jupyterapp.shell.currentWidget.dispose()")
+    command(page, "docmanager:open", path=name)
+    page.wait_for_function(f"window.jupyterapp.shell.currentWidget?.context?.path === {name!r} && {_IDLE}")
 
 
 def command(page: Page, name: str, **arguments: object) -> None:

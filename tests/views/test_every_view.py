@@ -27,6 +27,7 @@ from workbench.report import check
 from workbench.storage import disk
 from workbench.views import page as pages
 from workbench.views.base import modules
+from workbench.views.base.few_colours import few_colours
 from workbench.views.base.kinds import kind_of
 
 LARGEST_MODULE = 50_000
@@ -203,15 +204,24 @@ def test_there_are_static_forms(kind: str) -> None:
     assert "<table" in bundle["text/html"] or view.data().empty
     assert view.spec.title in bundle["text/plain"]
     assert len(bundle["text/html"]) < 300_000
-    dark = view.to_png(theme="dark")
-    assert isinstance(dark, bytes)
-    assert dark != bundle["image/png"]
     of_light = re.findall(r'src="data:image/png;base64,([^"]+)"', bundle["text/html"])
     of_dark = re.findall(r'content:url\("data:image/png;base64,([^"]+)"\)', bundle["text/html"])
     stills = [Image.open(BytesIO(b64decode(found))) for found in (*of_light, *of_dark)]
     assert [still.convert("RGB").getpixel((1, 1)) for still in stills] == [(255, 255, 255), (20, 23, 27)]
     assert stills[0].size == stills[1].size
+    assert stills[0].convert("RGB").tobytes() != stills[1].convert("RGB").tobytes()
     assert 'style="margin:0' in bundle["text/html"]  # the light card needs no style sheet
+
+
+@pytest.mark.parametrize("kind", ["attention_pattern", "image_attention", "token_strip"])
+def test_the_dark_picture_of_a_notebook_is_the_one_that_the_view_draws_alone(kind: str) -> None:
+    """In fewer colours; it is not laid out again, of axes, colour bars and texts around them."""
+    dark = made(kind).to_png(theme="dark")
+    assert isinstance(dark, bytes)
+    html = made(kind)._repr_mimebundle_()["text/html"]
+    (still,) = re.findall(r'content:url\("data:image/png;base64,([^"]+)"\)', html)
+    few = few_colours(Image.open(BytesIO(dark)), 128)
+    assert few.convert("RGB").tobytes() == Image.open(BytesIO(b64decode(still))).convert("RGB").tobytes()
 
 
 @pytest.mark.browser

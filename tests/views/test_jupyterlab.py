@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page
 from support import pdf
 from support.browser import LOOKS, changed
 from support.every_view import VIEWS
-from support.jupyterlab import command, jupyterlab, open_notebook, run_all, run_code
+from support.jupyterlab import command, jupyterlab, open_instead, open_notebook, run_all, run_code
 from support.patience import PATIENCE
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -60,11 +60,11 @@ class Watch:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def lab(tmp_path_factory: pytest.TempPathFactory, forked: list[str]) -> Iterator[tuple[str, Path]]:
     pytest.importorskip("jupyterlab")
     folder = tmp_path_factory.mktemp("notebooks")
     _notebook(folder)
-    with jupyterlab(folder, tmp_path_factory.mktemp("home")) as address:
+    with jupyterlab(folder, tmp_path_factory.mktemp("home"), forked) as address:
         yield address, folder
 
 
@@ -261,21 +261,25 @@ def test_a_saved_notebook_is_small(saved: Any) -> None:
         assert any("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
-def test_a_notebook_opened_again_untrusted_shows_pictures_and_tables(
-    saved: Any, lab: tuple[str, Path], browser: Browser
-) -> None:
-    again = nbformat.from_dict(saved)
-    again.metadata["changed"] = True  # no longer what was signed when it ran
-    nbformat.write(again, lab[1] / "again.ipynb")
+@pytest.fixture(scope="module")
+def again(saved: Any, lab: tuple[str, Path], browser: Browser) -> Iterator[Page]:
+    """A JupyterLab that has run nothing, with the saved notebook as it comes from somebody else."""
+    foreign = nbformat.from_dict(saved)
+    foreign.metadata["changed"] = True  # no longer what was signed when it ran
+    nbformat.write(foreign, lab[1] / "again.ipynb")
     page = browser.new_page(viewport={"width": 1280, "height": 9000})
     open_notebook(page, lab[0], "again.ipynb")
-    assert not page.evaluate("window.jupyterapp.shell.currentWidget.content.model.cells.get(1).trusted")
-    drawn = "[...document.querySelectorAll('.jp-OutputArea img')].filter(i => i.naturalWidth > 100).length"
-    page.wait_for_function(f"{drawn} >= {len(VIEWS)}")
-    assert page.locator(".jp-OutputArea table").count() >= 1
-    assert page.locator(".workbench").count() == 0
-    assert page.evaluate(drawn) == len(VIEWS)  # each picture once
+    yield page
     page.close()
+
+
+def test_a_notebook_opened_again_untrusted_shows_pictures_and_tables(again: Page) -> None:
+    assert not again.evaluate("window.jupyterapp.shell.currentWidget.content.model.cells.get(1).trusted")
+    drawn = "[...document.querySelectorAll('.jp-OutputArea img')].filter(i => i.naturalWidth > 100).length"
+    again.wait_for_function(f"{drawn} >= {len(VIEWS)}")
+    assert again.locator(".jp-OutputArea table").count() >= 1
+    assert again.locator(".workbench").count() == 0
+    assert again.evaluate(drawn) == len(VIEWS)  # each picture once
 
 
 def _papers(page: Page) -> set[Any]:
@@ -285,12 +289,10 @@ def _papers(page: Page) -> set[Any]:
     return {Image.open(BytesIO(shot)).convert("RGB").getpixel((2, 2)) for shot in shots}
 
 
-def test_a_trusted_notebook_opened_without_its_kernel_shows_pictures(
-    saved: Any, lab: tuple[str, Path], run: tuple[Page, Watch], browser: Browser
-) -> None:
+def test_a_trusted_notebook_opened_without_its_kernel_shows_pictures(run: tuple[Page, Watch], again: Page) -> None:
     run[0].evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
-    page = browser.new_page(viewport={"width": 1280, "height": 9000})
-    open_notebook(page, lab[0], "views.ipynb")
+    page = again
+    open_instead(page, "views.ipynb")
     assert page.evaluate("window.jupyterapp.shell.currentWidget.content.model.cells.get(1).trusted")
     page.locator(".workbench-still").first.wait_for()
     shown = "[...document.querySelectorAll('.workbench-still img')].filter(i => i.offsetWidth > 100).length"
@@ -308,7 +310,6 @@ def test_a_trusted_notebook_opened_without_its_kernel_shows_pictures(
     page.wait_for_function("document.body.dataset.jpThemeLight === 'true'")
     assert _papers(page) == {(255, 255, 255)}
     assert "model not found" not in page.locator(".jp-Notebook").inner_text()
-    page.close()
 
 
 def test_nbconvert_shows_the_pictures_as_they_were_saved(saved: Any, lab: tuple[str, Path], browser: Browser) -> None:

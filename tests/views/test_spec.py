@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from hypothesis.extra import numpy as hnp
 
 from workbench.errors import ReportError, WorkbenchError
 from workbench.views import Selection, SharedSelection, token_strip
-from workbench.views.base.spec import ViewSpec
+from workbench.views.base.kinds import Kind
+from workbench.views.base.spec import ViewSpec, validator
 
 CHANNEL = {"label": "a", "unit": "", "signed": False}
 
@@ -32,19 +35,41 @@ def strip(**changes: Any) -> ViewSpec:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"facts": {"tokens": ["a"]}}, "'channels' is a required property"),
+        ({"facts": {"tokens": ["a"]}}, '"channels" is a required property'),
         ({"facts": {"tokens": [], "channels": [CHANNEL]}}, "facts.tokens"),
         ({"facts": {"tokens": [1], "channels": [CHANNEL]}}, "facts.tokens.0"),
-        ({"blocks": {}}, "'values' is a required property"),
+        ({"blocks": {}}, '"values" is a required property'),
         ({"blocks": {"values": np.zeros(3, np.float32)}}, "blocks.values"),
         ({"blocks": {"values": np.zeros((1, 3), np.float64)}}, "blocks.values"),
         ({"blocks": {"values": np.zeros((1, 3), np.float16)}}, "holds float16, which no page can read"),
+        ({"facts": {"tokens": ["a"], "channels": [CHANNEL], "\ud800": 1}}, "is no JSON"),
         ({"table": {"a": np.zeros(2), "b": ["x"]}}, r"lengths \[1, 2\]"),
     ],
 )
 def test_a_wrong_spec_is_refused_with_the_place(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ReportError, match=said):
         strip(**changes)
+
+
+def test_facts_are_of_json_types_whatever_their_classes() -> None:
+    class Name(str):
+        """Text with a class of its own."""
+
+    channel = {Name("label"): Path("a"), "unit": Name("nat"), "signed": np.bool_(False)}
+    facts = {"tokens": [Name("a"), np.str_("b"), Path("c")], "channels": (channel,)}
+    assert strip(facts=facts).to_static()["facts"] == {
+        "tokens": ["a", "b", "c"],
+        "channels": [{"label": "a", "unit": "nat", "signed": False}],
+    }
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "text"}, {"$ref": "http://127.0.0.1:9/a"}, {"$ref": Path(__file__).as_uri()}]
+)
+def test_a_schema_is_whole_and_nothing_is_fetched_for_it(schema: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "own.schema.json").write_text(json.dumps(schema))
+    with pytest.raises(ReportError, match=r"own\.schema\.json is no schema of a view"):
+        validator(Kind("own", tmp_path))
 
 
 def test_an_unknown_view_is_refused() -> None:

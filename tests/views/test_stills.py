@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import runpy
 from base64 import b64decode, b64encode
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 
 from workbench.views import attention_pattern
-from workbench.views.base import scales
+from workbench.views.base import drawing, scales
 from workbench.views.base.few_colours import few_colours
 
 MAKER = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "make_notebooks.py"))
@@ -72,3 +74,28 @@ def test_what_a_notebook_of_ours_keeps_has_the_colours_of_the_view() -> None:
     assert (kept[0] == 255).all()
     warm = kept.astype(int)[..., 0] - kept.astype(int)[..., 2] > 6  # the scale has no such light colours
     assert not (warm & (kept.min(-1) > 200)).any()
+
+
+def test_the_places_of_another_theme_are_those_that_a_picture_finds_alone() -> None:
+    """With a colour bar, whose place is set otherwise than that of axes, an aspect, and texts around."""
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        figure.colorbar(left.imshow([[0, 1], [2, 3]]), ax=left, label="how much", location="bottom", shrink=0.7)
+        right.plot([0, 1], [1000, 2000], label="a line")
+        figure.legend(loc="outside upper left")
+        figure.suptitle("above")
+        figure.supxlabel("below")
+        figure.supylabel("beside")
+
+    def png(what: Callable[[Any], None], theme: str, places: drawing.Places | None = None) -> bytes:
+        return drawing.png(what, (4, 2), theme=theme, dpi=50, colours=64, places=places)
+
+    places = drawing.Places()
+    assert png(draw, "light", places) == png(draw, "light")
+    assert png(draw, "dark", places) == png(draw, "dark")
+
+    def other(figure: Any) -> None:
+        figure.subplots().set_ylabel("one alone")
+
+    assert png(other, "dark", places) == png(other, "dark")

@@ -19,7 +19,7 @@ from workbench.capture.site_capture import Forward, SiteCapture, pack
 from workbench.capture.tables import tidy
 from workbench.capture.transformer_lens import Cache
 from workbench.capture.unrecorded import Unrecorded
-from workbench.errors import CaptureError, nearest
+from workbench.errors import CaptureError, expect, nearest
 from workbench.hooks.sites import Site, Sites, all_here
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.sequence_parallel.split import SplitSequence
@@ -197,6 +197,7 @@ class Capture:
         Raises:
             CaptureError: the sites' shapes differ (the message says which), or none has the statistic.
         """
+        expect(str, statistic=statistic)
         chosen = [c for c in self if kind in (None, c.site.kind)]
         if not chosen:
             raise CaptureError(f'no site of kind "{kind}" fired', hint=nearest(str(kind), [c.site.kind for c in self]))
@@ -226,6 +227,7 @@ class Capture:
             sites without, and `batch` is as in the tensors, example · windows + window. Averages come with `n`, over
             how many positions they are.
         """
+        expect(str, statistic=statistic)
         return tidy(self._forwards, self.sites, statistic, per)
 
     def pool(self) -> Capture:
@@ -376,10 +378,11 @@ class Capture:
         here = next((f", {site.elsewhere}" for site in self.sites if site.elsewhere), "")
         if self.unrecorded:
             unread += f", {sum(one.calls for one in self.unrecorded.values())} calls not recorded"
+        n, n_sites = len(self._forwards), len(self.sites)
         packed = sum(f.packed is not None for f in self._forwards)
         of_rows = f", {packed} of them sequences of packed rows" if packed else ""
         return (
-            f"Capture({name}: {len(self._forwards)} forward(s){of_rows}, "
-            f"{len(self.sites)} sites{unread}{here}, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
-            f"{self.nbytes / 2**20:.1f} MiB)"
+            f"Capture({name}: {n} forward{'' if n == 1 else 's'}{of_rows}, "
+            f"{n_sites} site{'' if n_sites == 1 else 's'}{unread}{here}, [batch, head, query, key] {shapes}; "
+            f"{', '.join(self.statistics)}; {self.nbytes / 2**20:.1f} MiB)"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.capture.site_capture import KEPT, Forward
 from workbench.errors import CaptureError
+from workbench.hooks.projections import Projection
 from workbench.hooks.tap import StateLink
 
 _PER_EXAMPLE = tuple(KEPT.values())  # what a site capture holds per batch entry, if it does
@@ -42,7 +43,9 @@ def pool(forwards: Sequence[Forward]) -> Forward:
                 if all(s in p.statistics for p in same)
             },
             **kept,
-            projection=capture.projection if len({p.entering is None for p in same}) == 1 else None,
+            projection=Projection.of_all([p.projection for p in same])
+            if len({p.entering is None for p in same}) == 1
+            else None,
             lazy=None,
             others={},
             held=[],

@@ -327,7 +327,7 @@ def joined_outputs(captures: Sequence[SiteCapture]) -> dict[str, Any]:
         kept = [tensor for capture in captures if (tensor := getattr(capture, name)) is not None]
         rows[name] = torch.cat(kept, dim=1) if len(kept) == len(captures) else None
     alike = len({capture.entering is None for capture in captures}) == 1
-    return rows | {"projection": captures[0].projection if alike else None}
+    return rows | {"projection": Projection.of_all([one.projection for one in captures]) if alike else None}
 
 
 def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -30,6 +30,7 @@ class HeadOutputs:
     arena: Arena
     sites: frozenset[str]
     projections: ProjectionFinder = field(default_factory=ProjectionFinder)
+    _sites_around: dict[str, str | None] = field(default_factory=dict)
     _ran: dict[int, dict[str, tuple[str, nn.Module, Tensor]]] = field(default_factory=dict)
 
     def end(self, thread: int) -> None:
@@ -52,16 +53,17 @@ class HeadOutputs:
         if entered is not None:
             return z, self.arena.copy(entered)
         if call.part is None:
-            if call.joins is not None and not self.projections.knows(call.site):
+            if call.joins is not None:  # a compiled graph shows it
                 self.projections.joins(call.site, *call.joins)
-            self.projections.saw_call(call.site, call.module, z)
+                return z, None
+            self.projections.saw_call(call.site, call.module, z, call.output)
             ran = self._ran.get(threading.get_ident(), {}).pop(call.site, None)
             late = None if ran is None else self.projections.saw_module(*ran[:2], ran[2:])
             if late is not None and call.shard is None:
                 return z, self.arena.copy(late[1].unflatten(-1, z.shape[2:]))
-        elif not self.projections.knows(call.site):
+        elif not self.projections.awaits(call.site, call.output):
             whole = replace(call, part=None).z() if edited is None else edited
-            self.projections.saw_call(call.site, call.module, whole.detach().transpose(1, 2).clone())
+            self.projections.saw_call(call.site, call.module, whole.detach().transpose(1, 2).clone(), call.output)
         return z, None
 
     def _past_finish(self, call: AttentionCall, z: Tensor, check: bool) -> Tensor | None:
@@ -103,10 +105,18 @@ class HeadOutputs:
         return 0
 
     def _remember(self, name: str, module: nn.Module, given: Tensor) -> None:
-        """The last linear module inside of a site whose projection is not known yet, or lies behind a gate."""
-        parts = name.split(".")
-        site = next(
-            (one for end in range(len(parts) - 1, -1, -1) if (one := ".".join(parts[:end])) in self.sites), None
-        )
-        if site is not None and (not self.projections.knows(site) or self.projections.gated(site)):
+        """The last linear module inside of a site whose call was not told yet, or whose projection is not known, or
+        lies behind a gate.
+        """
+        site = self._around(name)
+        known = site is not None and self.projections.knows(site) and not self.projections.gated(site)
+        if site is not None and not (known and self.projections.awaits(site)):
             self._ran.setdefault(threading.get_ident(), {})[site] = name, module, given
+
+    def _around(self, name: str) -> str | None:
+        """The site that a module is a part of."""
+        if name not in self._sites_around:
+            parts = name.split(".")
+            outer = (".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1))
+            self._sites_around[name] = next((one for one in outer if one in self.sites), None)
+        return self._sites_around[name]

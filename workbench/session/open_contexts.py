@@ -23,6 +23,8 @@ from workbench.hooks.multihead import MODULES
 from workbench.hooks.observer import Observer
 from workbench.hooks.placing import learn
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.truth import Checked
+from workbench.inputs import check_numbers
 from workbench.session.recorder import Recorder
 from workbench.session.row_watch import RowWatch
 
@@ -70,7 +72,7 @@ class OpenContexts(Listener):
         self._watches: list[RowWatch] = []
         self._taps: dict[str, set[str]] = {}  # of sites whose rows are watched: which taps saw their calls
         self._undisturbed: dict[int, tuple[_OpenEdit, ...]] = {}  # by thread: the edits that it does not see
-        self.checked: set[tuple[str, str]] = set()  # as `RowWatch.checked`
+        self.checked = Checked()  # as `RowWatch.checked`
         self._users: set[object] = set()
         self._observer: Observer | None = None
         self._lock = threading.RLock()
@@ -246,6 +248,8 @@ class OpenContexts(Listener):
 
     def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Edits are told, and the capture takes the ids."""
+        if self._mine() or self._watching():
+            check_numbers((*args, *kwargs.values()))
         self._tell_edits(args, kwargs)
         for watch in self._watching():
             watch.guarded(watch.on_inputs, args, kwargs)
@@ -303,10 +307,12 @@ class OpenContexts(Listener):
                     raise
         return z
 
-    def on_step(self, site: str, q: Tensor, k: Tensor, scale: float | None) -> bool:
-        """It is enough for watches of rows."""
+    def on_step(self, site: str, backend: str, q: Tensor, k: Tensor, scale: float | None) -> bool:
+        """It is enough for watches of rows, of a backend whose rows were seen to be these."""
         watches = self._watching()
         if self._recorder is not None or self._edits or any(watch.packed for watch in watches):
+            return False
+        if not self.checked.has(site, backend):
             return False
         for watch in watches:
             if site in watch.heads:
@@ -335,7 +341,8 @@ class OpenContexts(Listener):
         """What edits cannot do is an error, and rows that cannot be told; what the capture cannot record, it decides;
         else nobody asked for it.
         """
-        if isinstance(error, InterventionError) or self.cannot_wait(site):
+        edited = bool(self._mine()) if not site else self.cannot_wait(site)
+        if isinstance(error, InterventionError) or edited:
             return False
         self._missed(site, error)
         recorder = self._recording()

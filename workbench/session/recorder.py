@@ -19,6 +19,7 @@ from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.finding import site_name, with_call
 from workbench.hooks.sites import Site, Sites
 from workbench.hooks.tap import AttentionCall, Unshown
+from workbench.hooks.truth import Checked
 from workbench.inputs import check_inputs, context_length, packed_sequences, token_ids
 from workbench.session.call_recorder import CallRecorder
 from workbench.session.head_outputs import HeadOutputs
@@ -45,7 +46,7 @@ class Recorder(CallRecorder):
     _running: dict[int, RunningForward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
     _refused_here: dict[int, set[str]] = field(default_factory=dict)  # by thread, in its present forward
-    _checked: dict[str, int] = field(default_factory=dict)  # of how many keys, by site
+    _checked: Checked = field(default_factory=Checked)  # by name of the site
     _contexts: list[int | None] = field(default_factory=list)
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
     _unstored: dict[int, list[Forward]] = field(default_factory=dict)  # by thread: over, but for their gradients
@@ -126,8 +127,13 @@ class Recorder(CallRecorder):
         self._end(threading.get_ident())
 
     def _end(self, thread: int) -> None:
+        try:
+            self._end_running(thread)
+        finally:
+            self.outputs.end(thread)
+
+    def _end_running(self, thread: int) -> None:
         running = self._running.pop(thread, None)
-        self.outputs.end(thread)
         self.idle.update(self._entered.get(thread, {}).keys() & {site.name for site in self.sites})
         if running is None:
             return
@@ -144,7 +150,8 @@ class Recorder(CallRecorder):
                     forward.sites[name] = replace(capture, n_calls=calls[capture.site.path])
             if self.settings.z:
                 for name, capture in forward.sites.items():
-                    known = self.outputs.projections.of(capture.site.path, entering=capture.entering is not None)
+                    entering = capture.entering is not None
+                    known = self.outputs.projections.of(capture.site.path, entering=entering, thread=thread)
                     forward.sites[name] = replace(capture, projection=known)
         if running.sequences:
             self._replace(running.whole, running.ended())
@@ -229,17 +236,16 @@ class Recorder(CallRecorder):
         device, grad_is_on = call.v.device.type, torch.is_grad_enabled()
         # The user may run under inference_mode or autocast; the statistics must be ordinary tensors in full precision.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            checked = dict[str, int]()
+            checked = list[tuple[AttentionCall, str]]()
             for forward, part in running.parts(call):
                 site = known.at_call(sum(one.site.path == call.site for one in forward.sites.values()))
-                # One row costs little, all rows of all calls do not; and a row of one key tells nothing.
-                n_keys = part.lengths[1]
-                if n_keys >= 2 * self._checked.get(site.name, 0):
-                    checked[site.name] = n_keys
-                capture, size = self.record(part, site, forward, edited, grad_is_on, check=site.name in checked)
+                due = self._checked.is_due(part, site.name)
+                capture, size = self.record(part, site, forward, edited, grad_is_on, check=due)
+                checked += [(part, site.name)] if due else []
                 times = CallTimes(entered, seen, self._now() - seen, size)
                 forward.sites[site.name] = replace(capture, times=times)
-            self._checked |= checked
+            for one, name in checked:
+                self._checked.add(one, name)
 
     def on_refused(self, site: str, reason: str) -> None:
         """Calls of a site are not what they were told to be: nothing of them is kept."""

@@ -18,7 +18,7 @@ from workbench.errors import CaptureError
 from workbench.hooks.last_row import Products, finished, last_rows, rows_over_all_keys
 from workbench.hooks.sites import Sites
 from workbench.hooks.tap import AttentionCall
-from workbench.hooks.truth import check_last_row
+from workbench.hooks.truth import Checked, check_last_row
 from workbench.inputs import packed_sequences, token_ids
 from workbench.session.packed import RunningForward
 
@@ -54,14 +54,14 @@ class RowWatch:
 
     Attributes:
         heads: by site. tell: is given each step. errors: of threads that did not open the watch.
-        checked: sites and kernels whose rows have been seen to give what the kernel gave.
+        checked: calls of sites whose rows have been seen to give what the kernel gave.
     """
 
     model: nn.Module
     sites: Sites
     heads: Mapping[str, Sequence[int]]
     tell: Callable[[Step], object]
-    checked: set[tuple[str, str]] = field(default_factory=set)
+    checked: Checked = field(default_factory=Checked)
     errors: list[Exception] = field(default_factory=list)
     _opened_in: int = field(default_factory=threading.get_ident)
     _running: dict[int, tuple[RunningForward, dict[int, _Held]]] = field(default_factory=dict)
@@ -117,10 +117,9 @@ class RowWatch:
         own, cross = [head - (0 if shard is None else shard.first) for head in here], call.site in self._across
         with _as_plain_tensors(call.v.device.type):
             for forward, part in running.parts(call):
-                if (call.site, call.kernel) not in self.checked:  # once: does a row give what the kernel gave?
+                if self.checked.is_due(part, call.site):
                     check_last_row(part, part.pattern(cross=cross))
-                    if part.lengths[1] > 1:  # a single key has all the weight, whatever its score
-                        self.checked.add((call.site, call.kernel))
+                    self.checked.add(part, call.site)
                 rows = Products.of(part, own, cross=cross) or last_rows(part, own, cross=cross)
                 self._hold(found.setdefault(id(forward), {}), call.site, here, rows)
 

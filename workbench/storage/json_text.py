@@ -25,7 +25,7 @@ def json_for_html(value: object) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The value with tuples as lists, other keys and objects as text, and numbers that JSON cannot hold as None."""
+    """The value in JSON's own types: tuples as lists, other keys and objects as text, NaN and infinity as None."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Mapping):
@@ -35,10 +35,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return [finite(item) for item in sorted(value, key=str)]
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int, bool)):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool):
         return value
-    return str(value)
+    if isinstance(value, int):
+        return int(value)
+    return str.__str__(value) if isinstance(value, str) else str(value)
 
 
 def digest(text: str) -> str:

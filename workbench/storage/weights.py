@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.hooks.weights import described, stored
+from workbench.hooks.weights import AsTheyWere, described, is_distributed, stored
 
 _latest: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = weakref.WeakKeyDictionary()
 _staying: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, str | None]]] = weakref.WeakKeyDictionary()
@@ -60,14 +60,13 @@ def _switches(model: nn.Module) -> str:
 
 def weights_note(model: nn.Module) -> str | None:
     """What is to be said of the hash of a model's weights: why there is none, or what it leaves out; else None."""
-    kinds = {(type(t).__name__, t.device.type) for t in (*model.parameters(), *model.buffers())}
-    if not any(name == "DTensor" or device == "meta" for name, device in kinds):
+    if not any(is_distributed(t) or t.is_meta for t in (*model.parameters(), *model.buffers())):
         return None  # soon, since every capture asks
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     lost = [name for name, value in state.items() if stored(model, name, value) is None]
     if lost:
         return f"no hash: {len(lost)} weights are offloaded to where they cannot be read, the first is {lost[0]}"
-    if any(type(value).__name__ == "DTensor" for value in state.values()):
+    if any(map(is_distributed, state.values())):
         return "the hash is that of this rank's shards"
     return None
 
@@ -107,6 +106,11 @@ def weights_version(model: nn.Module) -> int:
     return sum(0 if p.is_inference() else p._version for p in (*model.parameters(), *model.buffers()))
 
 
+def weights_now(model: nn.Module) -> AsTheyWere:
+    """What tells later whether the weights have changed."""
+    return AsTheyWere.of((*model.parameters(), *model.buffers()))
+
+
 def latest_hash(model: nn.Module) -> str | None:
     """The hash of the weights as they are, computed anew only where they have changed."""
     if any(p.device.type == "meta" for p in model.parameters()):  # nothing tells whether these have changed
@@ -143,14 +147,14 @@ class WeightsThen:
     """The weights of a model at one moment. The model is not kept alive for them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._then = weakref.ref(model), (weights_version(model), _switches(model))
+        self._model, self._then, self._switched = weakref.ref(model), weights_now(model), _switches(model)
 
     def facts(self) -> dict[str, str | None]:
         """Their hash, for a provenance; None, with the reason, if they are there no more."""
         model = self._model()
         if model is None:
             lost = "the model was gone before it was asked for: read cap.provenance, or save, while the model is there"
-        elif (weights_version(model), _switches(model)) != self._then:
+        elif self._switched != _switches(model) or self._then.have_changed((*model.parameters(), *model.buffers())):
             lost = "the weights have changed since the capture began"
         else:
             return {"weights_sha256": latest_hash(model)}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 import transformers as hf
@@ -11,6 +15,7 @@ from support.circuits import ENCODER_DECODERS, SlotModel, task_for, tiny
 from support.tiny import family
 from support.zoo.family import ids
 from workbench.analysis.circuits.model.anatomy import find_anatomy
+from workbench.analysis.circuits.model.branches import find_branches
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
 from workbench.errors import AttachError, FormatError, InterventionError, WorkbenchError
@@ -160,6 +165,39 @@ def test_numbers_that_are_not_finite_are_named(where: str, value: float) -> None
         pytest.raises(WorkbenchError, match=rf"^{where} gives numbers that are not finite"),
     ):
         find_anatomy(wb, family("llama-gqa").inputs())
+
+
+def test_what_was_found_is_kept_while_it_holds() -> None:
+    model = tiny("gpt2", torch.float32)
+    inputs = family("gpt2").inputs()
+    other = {"input_ids": inputs["input_ids"].flip(1)}
+    with workbench.attach(model) as wb:
+        found = find_anatomy(wb, inputs)
+        assert found is not find_anatomy(wb, other)
+        again = {"input_ids": inputs["input_ids"].clone()}
+        assert found is find_anatomy(wb, again) is find_branches(wb, again)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert "bfloat16" in find_anatomy(wb, inputs).precision
+        kept = find_anatomy(wb, inputs)
+        assert kept.precision == "float32"
+        handle = model.transformer.h[0].register_forward_hook(lambda module, args, output: 2 * output)
+        with pytest.raises(AttachError, match=r"h\.0"):
+            find_anatomy(wb, inputs)
+        handle.remove()
+        assert find_anatomy(wb, inputs) is kept
+        model.transformer.h[1].attn.c_attn.weight.data[0, 0] += 1  # no version tells of it
+        changed = find_anatomy(wb, inputs)
+        assert changed is not kept
+        model.transformer.h[1].mlp = copy.deepcopy(model.transformer.h[1].mlp)
+        replaced = find_anatomy(wb, inputs)
+        assert replaced.modules["transformer.h.1.mlp"] is model.transformer.h[1].mlp
+        model.transformer.h[0].compile()
+        with pytest.raises(WorkbenchError, match="compiled"):
+            find_anatomy(wb, inputs)
+    gone = weakref.ref(model)
+    del model, wb, found, kept, changed, replaced, handle
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_graph_prunes_what_leads_nowhere() -> None:

@@ -77,7 +77,7 @@ def test_a_circuit_says_how_far_its_integrated_gradients_are_from_complete(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between twin and prompt the T5's metric, behind norms of large weights, moves more than its ends differ."""
-    steps, made = 64, []
+    steps, made = 16, []
 
     def noted(setup: Setup, **how: Any) -> Any:
         made.append((setup, attribute_edges(setup, **how)))

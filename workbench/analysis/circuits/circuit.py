@@ -261,10 +261,10 @@ class Circuit(Result):
         """[sender] bool: the senders among `nodes`, those that only receive included."""
         graph = self.graph
         receiving = torch.zeros_like(self.senders_in)
-        read = self.edges_in.any(0)
+        read = self.edges_in.any(0).tolist()
         for name, column in graph.receiver_index.items():
             row = graph.sender_index.get(name.partition("<")[0])
-            if row is not None and bool(read[column]):
+            if row is not None and read[column]:
                 receiving[row] = True
         return self.senders_in | self.edges_in.any(1) | receiving
 

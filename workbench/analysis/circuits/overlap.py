@@ -106,7 +106,7 @@ def circuit_overlap(
         raise InterventionError("cross-faithfulness needs wb= and tasks=, both")
     found = _intervals(a, b, unit, names, usable, n_bootstrap if by_scores else 0, seed)
     ends = middle(chance["curve"])
-    curves = {"jaccard": tuple(_matched(scores_a, scores_b, n) for n in usable)}
+    curves = {"jaccard": tuple(_matched(scores_a, scores_b, usable))}
     curves |= {"expected": tuple(chance["curve"].mean(0).tolist())}
     curves |= {f"expected_{name}": tuple(end.tolist()) for name, end in zip(("low", "high"), ends, strict=True)}
     if found.curve:
@@ -154,13 +154,23 @@ def _sizes(scores_a: Tensor, scores_b: Tensor, fractions: Sequence[float]) -> di
     return {int(f * len(known)): f for f in fractions if 0 < int(f * len(known)) <= most}
 
 
-def _matched(scores_a: Tensor, scores_b: Tensor, n: int) -> float:
-    """Jaccard overlap of the n highest scores among the items that have one in both; ties share membership."""
+def _matched(scores_a: Tensor, scores_b: Tensor, sizes: Iterable[int]) -> list[float]:
+    """For each size, the Jaccard overlap of so many highest scores among the items that have one in both.
+
+    Equal scores at the border share membership. NaN where fewer items have a score.
+    """
     known = ~scores_a.isnan() & ~scores_b.isnan()
-    if int(known.sum()) < n:
-        return float("nan")
-    shared = float((top_weights(scores_a[known], n) * top_weights(scores_b[known], n)).sum())
-    return shared / (2 * n - shared)
+    both = [scores[known] for scores in (scores_a, scores_b)]
+    falling = [scores.sort(descending=True).values for scores in both]
+    found = []
+    for n in sizes:
+        if len(both[0]) < n:
+            found.append(float("nan"))
+            continue
+        one, two = (top_weights(scores, n, ordered) for scores, ordered in zip(both, falling, strict=True))
+        shared = float((one * two).sum())
+        found.append(shared / (2 * n - shared))
+    return found
 
 
 def _by_chance(
@@ -221,7 +231,7 @@ def _intervals(
         inside = _members(one, unit, names), _members(two, unit, names)
         scores = _scores(one, unit, names), _scores(two, unit, names)
         stages.append([stage["jaccard"] for stage in _stages(one, two)])
-        curve.append([_matched(*scores, size) for size in sizes])
+        curve.append(_matched(*scores, sizes))
         if bool(inside[0].any()) and bool(inside[1].any()):
             measures.append(list(_measure(*inside, *(each.nan_to_num(0.0) for each in scores)).values()))
     n_prompts = min(len(a.examples), len(b.examples))
@@ -230,7 +240,7 @@ def _intervals(
             _scores(one, unit, names).nan_to_num(0.0) for one in (a, b)
         )).values(),
         [stage["jaccard"] for stage in _stages(a, b)],
-        [_matched(_scores(a, unit, names), _scores(b, unit, names), size) for size in sizes],
+        _matched(_scores(a, unit, names), _scores(b, unit, names), sizes),
     ]  # fmt: skip
     ends = [_around(list(one), drawn, n_prompts) for one, drawn in zip(whole, (measures, stages, curve), strict=True)]
     return _Intervals(dict(zip(MEASURES, ends[0], strict=False)), ends[1], ends[2])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,16 +119,20 @@ def fitted_to_degrees(edges: Tensor, exists: Tensor) -> Tensor:
     >>> fitted_to_degrees(torch.eye(3).bool(), exists).sum(1).round(decimals=3).tolist()
     [1.0, 1.0, 1.0]
     """
-    possible = exists.double()
-    out, into = edges.sum(1).double(), edges.sum(0).double()
-    x, y = out / possible.sum(1).clamp_min(1), into / possible.sum(0).clamp_min(1)
+    # In NumPy, whose hundreds of steps over small tables take a third of the time.
+    possible = exists.double().numpy()
+    out, into = edges.sum(1).double().numpy(), edges.sum(0).double().numpy()
+    x, y = out / possible.sum(1).clip(1), into / possible.sum(0).clip(1)
     for _ in range(_FIT_STEPS):
         before = x
-        odds = possible / (1 + x[:, None] * y)
-        x = torch.where(out > 0, out / (odds * y).sum(1).clamp_min(1e-300), 0.0).clamp_max(1e12)
-        odds = possible / (1 + x[:, None] * y)
-        y = torch.where(into > 0, into / (odds * x[:, None]).sum(0).clamp_min(1e-300), 0.0).clamp_max(1e12)
-        if bool(((x - before).abs() <= 1e-9 * (1 + before)).all()):
+        x = _factors(out, (possible / (1 + x[:, None] * y)) @ y)
+        y = _factors(into, x @ (possible / (1 + x[:, None] * y)))
+        if (abs(x - before) <= 1e-9 * (1 + before)).all():
             break
     product = x[:, None] * y
-    return possible * product / (1 + product)
+    return torch.from_numpy(possible * product / (1 + product))
+
+
+def _factors(degrees: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """[node] by which each has its degree; a node of all edges has a very large one."""
+    return np.where(degrees > 0, degrees / sums.clip(1e-300), 0.0).clip(max=1e12)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from workbench.analysis.saliency.token_names import special_ids, texts_of
 from workbench.errors import WorkbenchError
-from workbench.hooks.cut_weights import is_distributed
+from workbench.hooks.weights import is_distributed
 from workbench.storage.provenance import find_patches
 
 _SAME = 1e-3  # largest difference of log-probabilities between ids and embeddings

@@ -65,12 +65,15 @@ def weighted_jaccard(a: Tensor, b: Tensor) -> float:
     return float(torch.minimum(x, y).sum() / torch.maximum(x, y).sum())
 
 
-def top_weights(scores: Tensor, n: int) -> Tensor:
+def top_weights(scores: Tensor, n: int, falling: Tensor | None = None) -> Tensor:
     """[item] membership of the `n` highest of [item] scores, which equal scores at the border share.
+
+    Args:
+        falling: the scores from the highest to the lowest, where they have been sorted already.
 
     >>> top_weights(torch.tensor([3.0, 1.0, 1.0, 0.0]), 2).tolist()
     [1.0, 0.5, 0.5, 0.0]
     """
-    border = scores.sort(descending=True).values[n - 1]
+    border = (scores.sort(descending=True).values if falling is None else falling)[n - 1]
     above, tied = scores > border, scores == border
     return above.double() + tied.double() * (n - int(above.sum())) / int(tied.sum())

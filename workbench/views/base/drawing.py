@@ -82,20 +82,61 @@ class Words:
     origin: str
 
 
+class Places:
+    """Where the axes of a picture, and the texts around them, stand: found once, for themes differ in colours alone.
+
+    >>> places = Places()
+    >>> light, dark = (png(lambda figure: figure.subplots(), (2, 1), theme=theme, dpi=50, places=places)
+    ...                for theme in ("light", "dark"))
+    >>> dark == png(lambda figure: figure.subplots(), (2, 1), theme="dark", dpi=50)
+    True
+    """
+
+    def __init__(self) -> None:
+        self._axes: list[dict[str, Any]] = []
+        self._texts: list[tuple[float, float]] = []
+
+    def give(self, figure: Any) -> bool:
+        """Put what the figure holds into its places, if there are places for just that."""
+        if not self._axes or (len(self._axes), len(self._texts)) != (len(figure.axes), len(figure.texts)):
+            return False
+        for axes, place in zip(figure.axes, self._axes, strict=True):
+            axes.set(**place)
+        for text, at in zip(figure.texts, self._texts, strict=True):
+            text.set_position(at)
+        return True
+
+    def take(self, figure: Any) -> None:
+        """Remember where all stands in a figure that is laid out."""
+        names = ("anchor", "box_aspect", "aspect")
+        self._axes = [
+            {"position": axes.get_position(original=True)} | {name: getattr(axes, f"get_{name}")() for name in names}
+            for axes in figure.axes
+        ]
+        self._texts = [text.get_position() for text in figure.texts]
+
+
 def png(
-    picture: Callable[[Any], None], size: tuple[float, float], *, theme: str, dpi: int, colours: int | None = None
+    picture: Callable[[Any], None],
+    size: tuple[float, float],
+    *,
+    theme: str,
+    dpi: int,
+    colours: int | None = None,
+    places: Places | None = None,
 ) -> bytes:
     """The PNG that `picture(figure)` draws; the same every time.
 
     Args:
         colours: keep so many, which makes a picture of many faint lines several times smaller.
+        places: of the same picture in another theme, or to be those of this one.
     """
     if colours is None:
-        return drawn(picture, size, "png", theme=theme, dpi=dpi)
+        return drawn(picture, size, "png", theme=theme, dpi=dpi, places=places)
     from PIL import Image
 
     out = io.BytesIO()
-    with _figure(picture, size, "png", theme=theme, dpi=dpi) as figure:
+    with _figure(picture, size, "png", theme=theme, dpi=dpi, places=places) as figure:
         figure.canvas.draw()
         image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
         few_colours(image, colours).save(out, format="png", optimize=True, dpi=(dpi, dpi))
@@ -111,18 +152,19 @@ def drawn(
     dpi: int,
     words: Words | None = None,
     transparent: bool = False,
+    places: Places | None = None,
 ) -> bytes:
     """What `picture(figure)` draws as a file; the same every time.
 
     Args:
         form: "png", "svg" or "pdf".
-        words: to stand around the picture, which grows by them. transparent: without a background.
+        words: to stand around the picture, which grows by them. transparent: without a background. places: as of `png`.
     """
     dates = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     metadata: dict[str, Any] = dates.get(form, {"CreationDate": None, "Producer": None, "Creator": None})
     around: dict[str, Any] = {} if words is None else {"bbox_inches": "tight", "pad_inches": 0.1}
     out = io.BytesIO()
-    with _figure(picture, size, form, theme=theme, dpi=dpi, words=words) as figure:
+    with _figure(picture, size, form, theme=theme, dpi=dpi, words=words, places=places) as figure:
         figure.savefig(out, format=form, dpi=dpi, metadata=metadata, transparent=transparent, **around)
     return _numbered(out.getvalue()) if form == "svg" else out.getvalue()
 
@@ -136,6 +178,7 @@ def _figure(
     theme: str,
     dpi: int,
     words: Words | None = None,
+    places: Places | None = None,
 ) -> Iterator[Any]:
     """A figure with the picture in it, and with its axes in their places where no words stand around it."""
     from matplotlib.backend_bases import get_registered_canvas_class
@@ -151,16 +194,17 @@ def _figure(
             # A script that no installed font has: the picture shows boxes, the page and the table the text.
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
             if words is None:
-                _lay_out(figure, form)
+                _lay_out(figure, form, Places() if places is None else places)
             yield figure
 
 
-def _lay_out(figure: Any, form: str) -> None:
+def _lay_out(figure: Any, form: str, places: Places) -> None:
     """Give all axes their places, for which `savefig` would draw the whole figure once more, unseen."""
     if form != "png":
         figure.dpi = 72  # points, in which these forms are drawn
-    if figure.axes:
+    if figure.axes and not places.give(figure):
         figure.get_layout_engine().execute(figure)
+        places.take(figure)
     figure.set_layout_engine(None)
 
 

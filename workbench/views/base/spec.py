@@ -9,8 +9,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
+import jsonschema_rs
 import numpy as np
 from numpy.typing import NDArray
 
@@ -162,23 +163,31 @@ def check_static(spec: Mapping[str, Any]) -> None:
 
 
 def _check(kind: str, facts: Any, state: Any, blocks: Mapping[str, Any]) -> None:
-    import jsonschema  # takes longer than all the views: beside Jupyter, it builds three dozen grammars first
-
-    error = jsonschema.exceptions.best_match(
-        _validator(kind_of(kind)).iter_errors({"facts": facts, "state": state, "blocks": blocks})
-    )
-    if error is not None:
-        where = ".".join(map(str, error.absolute_path)) or "it"
-        raise ReportError(f"the spec of a {kind} view is wrong at {where}: {error.message[:300]}")
+    checker = validator(kind_of(kind))
+    try:
+        checker.validate({"facts": facts, "state": state, "blocks": blocks})
+    except jsonschema_rs.ValidationError as error:
+        where = ".".join(map(str, error.instance_path)) or "it"
+        raise ReportError(f"the spec of a {kind} view is wrong at {where}: {error.message[:300]}") from None
+    except ValueError as error:  # half a surrogate, a key that is no text, or lists within lists without an end
+        raise ReportError(f"the spec of a {kind} view is no JSON: {str(error)[:300]}") from None
 
 
 @cache
-def _validator(kind: Kind) -> Any:
-    import jsonschema
+def validator(kind: Kind) -> jsonschema_rs.Validator:
+    """What checks the specs of a kind of view.
 
-    found = jsonschema.validators.validator_for(kind.schema)
-    found.check_schema(kind.schema)
-    return found(kind.schema)
+    Raises:
+        ReportError: its file holds no JSON schema, or one that needs another.
+    """
+    try:
+        return jsonschema_rs.validator_for(kind.schema, retriever=_nothing)
+    except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError) as error:
+        raise ReportError(f"{kind.name}.schema.json is no schema of a view: {str(error)[:300]}") from None
+
+
+def _nothing(address: str) -> NoReturn:
+    raise LookupError("a schema is one file")
 
 
 def _little(block: Array) -> Array:

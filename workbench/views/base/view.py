@@ -214,8 +214,9 @@ class View(ABC):
         )
 
     def _bundle(self, identity: str) -> dict[str, Any]:
+        places = drawing.Places()
         picture, dark = (
-            drawing.png(self.picture, self.size, theme=theme, dpi=DPI, colours=colours)
+            drawing.png(self.picture, self.size, theme=theme, dpi=DPI, colours=colours, places=places)
             for theme, colours in (("light", self.colours), ("dark", _COLOURS_OF_DARK))
         )
         return {"text/html": self._still(identity, picture, dark), "image/png": picture, "text/plain": str(self)}

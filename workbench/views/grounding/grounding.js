@@ -277,12 +277,17 @@ class Grounding {
       ink.fillStyle = DIMMED;
       ink.fillRect(0, 0, width, height);
     }
-    for (let y = 0; y < rows; y++) {
-      const [above, below] = [Math.round((y * height) / rows), Math.round(((y + 1) * height) / rows)];
-      for (let x = 0; x < columns; x++) {
-        const share = Math.min(1, made[y * columns + x] / top);
-        if (this.over === "both" && share < 0.01) continue;
-        const [left, right] = [Math.round((x * width) / columns), Math.round(((x + 1) * width) / columns)];
+    const at = (/** @type {number} */ y, /** @type {number} */ x) => made[y * columns + x];
+    const alike = (/** @type {number} */ y, /** @type {number} */ z) => Array.from({ length: columns }, (_, x) => x).every((x) => at(y, x) === at(z, x));
+    // What has one value is painted as one: the parts of a picture are finer than the cells of its tiles.
+    for (let y = 0, under = 0; y < rows; y = under) {
+      for (under = y + 1; under < rows && alike(y, under); ) under++;
+      const [above, below] = [y, under].map((each) => Math.round((each * height) / rows));
+      for (let x = 0, next = 0; x < columns; x = next) {
+        for (next = x + 1; next < columns && at(y, next) === at(y, x); ) next++;
+        const share = Math.min(1, at(y, x) / top);
+        const [left, right] = [x, next].map((each) => Math.round((each * width) / columns));
+        if ((this.over === "both" && share < 0.01) || left === right || above === below) continue;
         ink.fillStyle = this.over === "weights" ? css(colourAt(share, this.frame.theme)) : `rgb(${GLOW.join(" ")} / ${(0.92 * share).toFixed(3)})`;
         ink.fillRect(left, above, right - left, below - above);
       }

@@ -11,7 +11,7 @@ from workbench.capture.capture import Capture
 from workbench.errors import ReportError, WorkbenchError, expect
 from workbench.hooks.heads import parse_heads
 from workbench.session.workbench import Workbench
-from workbench.storage.weights import weights_version
+from workbench.storage.weights import weights_now
 from workbench.tokens import visible_text
 from workbench.views.base.selection import Selection, SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
@@ -47,7 +47,7 @@ class Playground(View):
     ) -> None:
         self._wb, self._statistics, self._title = wb, tuple(statistics), title
         self._ran = run(wb, prompt, written, statistics=self._statistics)
-        self._provenance, self._version = wb.provenance(), weights_version(wb.model)
+        self._provenance, self._weights = wb.provenance(), weights_now(wb.model)
         self._changed = False
         self._dropped: tuple[Ablated, ...] = ()
         self._inputs = inputs_of(["playground", *facts.tokens_of(self._ran)])
@@ -155,9 +155,9 @@ class Playground(View):
         ran = run(
             self._wb, prompt, written, edits, renormalise=renormalise, statistics=self._statistics, fits=fits
         )  # fmt: skip
-        version = weights_version(self._wb.model)
-        if version != self._version:
-            self._changed, self._version, self._provenance = True, version, self._wb.provenance()
+        now = weights_now(self._wb.model)
+        if now != self._weights:
+            self._changed, self._weights, self._provenance = True, now, self._wb.provenance()
         made = self._made(ran, dropped)
         others = facts.tokens_of(ran) != facts.tokens_of(self._ran)
         self._ran, self._dropped = ran, tuple(dropped)

@@ -42,6 +42,11 @@ export function unitsOf(text) {
   return found;
 }
 
+/** @typedef {import("./truetype.js").Glyph & { text: string, picture: HTMLCanvasElement | null, box: number[] }} Letter */
+
+/** @type {Map<string, Letter>} font and text -> what has been drawn of it: the figures of a page share most letters */
+const DRAWN = new Map();
+
 /** A font of one family, weight and style, with the glyphs that have been asked for. */
 export class Face {
   /** @param {string} style @param {string} weight @param {string} family */
@@ -49,7 +54,7 @@ export class Face {
     this.font = `${style} ${weight} ${SIZE}px ${family}`;
     /** @type {Map<string, number>} */
     this.numbers = new Map();
-    /** @type {(import("./truetype.js").Glyph & { text: string, picture: HTMLCanvasElement | null, box: number[] })[]} */
+    /** @type {Letter[]} */
     this.glyphs = [{ text: "", outlines: [], advance: EM / 2, picture: null, box: [0, 0, 0, 0] }];
   }
 
@@ -59,7 +64,10 @@ export class Face {
     if (number === undefined) {
       number = this.glyphs.length;
       this.numbers.set(text, number);
-      this.glyphs.push(this.drawn(text));
+      const key = `${this.font} ${text}`;
+      const letter = DRAWN.get(key) ?? this.drawn(text);
+      DRAWN.set(key, letter);
+      this.glyphs.push(letter);
     }
     return number;
   }
@@ -83,6 +91,7 @@ export class Face {
   /**
    * Draw what is one glyph, and follow its outlines; colours, and what is too wide for a font, stay a picture.
    * @param {string} text
+   * @returns {Letter}
    */
   drawn(text) {
     const ink = ready();

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workbench.errors import ReportError
+from workbench.errors import ReportError, expect
 from workbench.tokens import visible
 from workbench.views.base import scales
 from workbench.views.base.given import check_texts, real_numbers
@@ -111,6 +111,7 @@ def token_strip(
     1         1     b       1.0
     """
     channels = values if isinstance(values, Mapping) else {label: values}
+    expect(Iterable, tokens=tokens)
     if not len(tokens):
         raise ReportError("there are no tokens to show")
     found = {name: real_numbers(channel, name) for name, channel in channels.items()}

@@ -6,10 +6,12 @@ the stream.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.graph import Graph
@@ -18,9 +20,14 @@ from workbench.analysis.circuits.model.modules import Branches, LayerModules, be
 from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.model.recording import Recording, equal, record
 from workbench.errors import AttachError
+from workbench.hooks.compiled.regions import check_not_compiled
 from workbench.hooks.heads import block_of
 from workbench.hooks.sites import Site
 from workbench.session.workbench import Workbench
+from workbench.sweep.variants import about
+
+_MOST = 4
+"""Anatomies that are kept of a Workbench: one for each input and way of finding them, the latest."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Anatomy:
         lengths: positions of each stream in the input that they were found with.
         branches: what each layer adds to the stream: `layers`, or where these could not be found, and are empty, less.
         missing: why the stream cannot be changed there: ("attn" | "mlp" | "mid" | "resid", layer).
+        answer: a digest of the logits, device included, that the input gave.
     """
 
     graph: Graph
@@ -44,6 +52,7 @@ class Anatomy:
     precision: str
     modules: Mapping[str, nn.Module] = field(repr=False)
     branches: tuple[Branches, ...]
+    answer: str = field(repr=False)
     missing: Mapping[tuple[str, int], AttachError] = field(default_factory=dict)
 
     def blocks(self, stream: int) -> tuple[str, ...]:
@@ -69,8 +78,21 @@ class Anatomy:
         return given
 
 
+@dataclass(frozen=True)
+class _Known:
+    """An anatomy with what it was found by and from; `inputs` is a digest."""
+
+    find: Callable[[Workbench, Mapping[str, Any]], Anatomy]
+    inputs: str
+    sites: tuple[Site, ...]
+    anatomy: Anatomy
+
+
+_known: weakref.WeakKeyDictionary[Workbench, list[_Known]] = weakref.WeakKeyDictionary()
+
+
 def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
-    """The layers of an attached model, found with one small input.
+    """The layers of an attached model, found with one small input; what was found before, while it holds (`still`).
 
     Args:
         inputs: model inputs; their first example is enough.
@@ -79,10 +101,49 @@ def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
         AttachError: the residual stream of the model is not the sum of what heads and MLPs write, or something else
             stands in the way; the module is named.
     """
+    return still(_find, wb, one_example(inputs))
+
+
+def still(
+    find: Callable[[Workbench, Mapping[str, Any]], Anatomy], wb: Workbench, example: Mapping[str, Any]
+) -> Anatomy:
+    """What `find` has found on this Workbench with this example, if it holds still, else what it finds now.
+
+    It holds while the sites and the modules are the same ones and one forward gives the same logits to the bit: other
+    weights, hooks, functions, casts or devices show there. It is kept no longer than the Workbench.
+    """
+    check_not_compiled(wb.model)
+    kept, inputs, sites = _known.setdefault(wb, []), about(example), tuple(wb.sites)
+    for one in kept:
+        if (
+            (one.find, one.inputs, one.sites) == (find, inputs, sites)
+            and one.anatomy.modules == dict(wb.model.named_modules())
+            and one.anatomy.answer == _answer(wb.model, example)
+        ):
+            return one.anatomy
+    anatomy = find(wb, example)
+    others = [one for one in kept if (one.find, one.inputs) != (find, inputs)]
+    _known[wb] = [*others, _Known(find, inputs, sites, anatomy)][-_MOST:]
+    return anatomy
+
+
+def _answer(model: nn.Module, example: Mapping[str, Any]) -> str:
+    """As `Anatomy.answer`, of a plain forward, with gradients as `record` has them."""
+    with torch.enable_grad():
+        output = model(**example)
+    return answer_of(output if isinstance(output, Tensor) else getattr(output, "logits", None))
+
+
+def answer_of(logits: Tensor | None) -> str:
+    """A digest of logits and of where they are."""
+    return f"{getattr(logits, 'device', None)} {about(logits)}"
+
+
+def _find(wb: Workbench, example: Mapping[str, Any]) -> Anatomy:
     streams, of_site = streams_of(wb)
     blocks = list(of_site.values())
     first = {name: of_site[several[0].name] for name, several in streams.items()}
-    seen = record(wb.model, one_example(inputs), set(first.values()))
+    seen = record(wb.model, example, set(first.values()))
     layers: list[LayerModules] = []
     shapes: list[Layer] = []
     error, end = 0.0, None
@@ -96,7 +157,10 @@ def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
     modules = dict(wb.model.named_modules())
     lengths = tuple(seen.given[block].shape[1] for block in first.values())
     graph = Graph(tuple(shapes), d_model=seen.gave[blocks[-1]].shape[-1])
-    return Anatomy(graph, tuple(layers), find_head(seen), error, lengths, seen.precision, modules, tuple(layers))
+    return Anatomy(
+        graph, tuple(layers), find_head(seen), error, lengths, seen.precision, modules, tuple(layers),
+        answer_of(seen.logits),
+    )  # fmt: skip
 
 
 def one_example(inputs: Mapping[str, Any]) -> dict[str, Any]:

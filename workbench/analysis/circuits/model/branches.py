@@ -13,7 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from workbench.analysis.circuits.model.anatomy import Anatomy, find_anatomy, find_head, one_example, streams_of
+from workbench.analysis.circuits.model.anatomy import (
+    Anatomy,
+    answer_of,
+    find_anatomy,
+    find_head,
+    one_example,
+    still,
+    streams_of,
+)
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.modules import Branches
 from workbench.analysis.circuits.model.nodes import Layer
@@ -34,12 +42,16 @@ def find_branches(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
     Raises:
         AttachError: not even the blocks of a stream can be found.
     """
+    return still(_find, wb, one_example(inputs))
+
+
+def _find(wb: Workbench, example: Mapping[str, Any]) -> Anatomy:
     try:
-        return find_anatomy(wb, inputs)
+        return find_anatomy(wb, example)
     except AttachError:
         pass
     streams, blocks = streams_of(wb)
-    seen = record(wb.model, one_example(inputs), ())
+    seen = record(wb.model, example, ())
     branches: list[Branches] = []
     shapes: list[Layer] = []
     missing: dict[tuple[str, int], AttachError] = {}
@@ -62,7 +74,7 @@ def find_branches(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
     graph = Graph(tuple(shapes), d_model=seen.gave[branches[-1].block].shape[-1])
     return Anatomy(
         graph, (), find_head(seen), 0.0, tuple(seen.given[block].shape[1] for block in firsts), seen.precision,
-        dict(wb.model.named_modules()), tuple(branches), missing,
+        dict(wb.model.named_modules()), tuple(branches), answer_of(seen.logits), missing,
     )  # fmt: skip
 
 
