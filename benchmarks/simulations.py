@@ -140,7 +140,8 @@ No interval holds a mean that rare examples make and the sample lacks. Of eight 
 few carry the spread (`carried_by_few`): less than 0.38 n, and of more than 24 less than 1.1 n^⅔. So, from 24 examples
 on, about one sample in ten at most is given an interval that is wrong; of fewer the check finds the coarsest tails, and
 of a kind that is rarer than 3 in n no sample tells. Where most samples of a kind have none, the few that have one are
-those that lack the tail, and theirs is wrong more often. Light tails keep their intervals. {5 * samples:,} samples a
+those that lack the tail, and theirs is wrong more often. Light tails keep their intervals. Shares,
+and strengths of conditioning, are not checked. {5 * samples:,} samples a
 row; of demo-lm {samples} samples of its prompts, each of all heads.
 
 {written(few.HEADS, carried)}
