@@ -383,7 +383,7 @@ def test_a_capture_says_that_nothing_else_was_looked_for(x: Tensor) -> None:
     with workbench.attach(model) as wb:
         with wb.capture() as cap:
             wb.model(x)
-        assert "1 sites, others not looked for, " in repr(cap)
+        assert "1 site, others not looked for, " in repr(cap)
         assert "mix tokens was not looked at" in limits_of(cap)
         wb.look(x)
         with wb.capture() as cap:

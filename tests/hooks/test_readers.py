@@ -235,7 +235,7 @@ def test_results_are_of_what_entered_the_projection_in_that_forward() -> None:
         assert joined["projection"] is None
     again = joined_outputs([first, first])
     assert torch.equal(again["entering"], torch.cat([first.entering] * 2, dim=1))
-    assert again["projection"] is first.projection
+    assert again["projection"] == first.projection
 
 
 class Normed(nn.Module):
