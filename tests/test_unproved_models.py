@@ -388,7 +388,7 @@ def test_a_capture_says_that_nothing_else_was_looked_for(x: Tensor) -> None:
         wb.look(x)
         with wb.capture() as cap:
             wb.model(x)
-        assert "1 sites, 1 mixers unread, " in repr(cap)
+        assert "1 site, 1 mixer unread, " in repr(cap)
         assert "other (Projected)" in limits_of(cap)
         assert "not looked at" not in limits_of(cap)
 
@@ -542,6 +542,6 @@ def test_every_layer_of_a_hybrid_is_a_site_or_listed(
     if sites.unread:
         assert f"{len(sites.unread)} of " in repr(found)
         assert not found.complete
-        assert f"{len(sites.unread)} mixers unread" in repr(cap)
+        assert f", {len(sites.unread)} mixer" in repr(cap)
     again = workbench.load_capture(cap.save(tmp_path / "run.safetensors"))
     assert again.model_sites.unread == sites.unread

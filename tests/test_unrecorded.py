@@ -80,7 +80,7 @@ def test_a_fault_of_ours_is_raised_at_home_and_listed_elsewhere(model: nn.Module
     assert torch.equal(output, bare)
     assert cap.ledger["1"] == "0 recorded, 1 call not recorded: ZeroDivisionError: integer division or modulo by zero"
     assert cap.ledger["0"] == cap.ledger["2"] == 1
-    assert "1 calls not recorded" in repr(cap)
+    assert "1 call not recorded" in repr(cap)
     again = workbench.load_capture(cap.save(tmp_path / "cap.safetensors"))
     assert again.unrecorded == cap.unrecorded
     assert again.ledger == cap.ledger

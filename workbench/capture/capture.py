@@ -372,17 +372,21 @@ class Capture:
         name = visible_text(str(self._provenance.get("model_name", "model")))
         lengths = {c.shape for f in self._forwards for c in f.sites.values()}
         shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")
-        unread = f", {len(self.model_sites.unread)} mixers unread" if self.model_sites.unread else ""
+        n_unread = len(self.model_sites.unread)
+        unread = f", {_counted(n_unread, 'mixer')} unread" if n_unread else ""
         if self.model_sites.looked is False:
             unread += ", others not looked for"
         here = next((f", {site.elsewhere}" for site in self.sites if site.elsewhere), "")
         if self.unrecorded:
-            unread += f", {sum(one.calls for one in self.unrecorded.values())} calls not recorded"
-        n, n_sites = len(self._forwards), len(self.sites)
+            unread += f", {_counted(sum(one.calls for one in self.unrecorded.values()), 'call')} not recorded"
         packed = sum(f.packed is not None for f in self._forwards)
         of_rows = f", {packed} of them sequences of packed rows" if packed else ""
         return (
-            f"Capture({name}: {n} forward{'' if n == 1 else 's'}{of_rows}, "
-            f"{n_sites} site{'' if n_sites == 1 else 's'}{unread}{here}, [batch, head, query, key] {shapes}; "
+            f"Capture({name}: {_counted(len(self._forwards), 'forward')}{of_rows}, "
+            f"{_counted(len(self.sites), 'site')}{unread}{here}, [batch, head, query, key] {shapes}; "
             f"{', '.join(self.statistics)}; {self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
