@@ -32,8 +32,11 @@ def jupyterlab(folder: Path, home: Path, kernels: Sequence[str]) -> Iterator[str
         port = free.getsockname()[1]
     settings = home / "labconfig"
     settings.mkdir(parents=True)
-    news = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
-    (settings / "default_setting_overrides.json").write_text(json.dumps(news))
+    chosen = {
+        "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
+        "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},  # no cell is put away
+    }
+    (settings / "default_setting_overrides.json").write_text(json.dumps(chosen))
     kernel = home / "data" / "kernels" / "python3" / "kernel.json"
     kernel.parent.mkdir(parents=True)
     begin = [*kernels, "ipykernel_launcher", "--ext=ipywidgets", "-f", "{connection_file}"]
