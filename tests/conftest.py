@@ -141,14 +141,17 @@ def browser() -> "Browser":
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
-    """Close the browser before a file without one.
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Close the browser before a file without one, and leave no selection to another file.
 
     While Playwright's synchronous interface is open its event loop counts as running in this thread, and `asyncio.run`
     in any other test would fail.
     """
     if _SHARED and (nextitem is None or nextitem.path not in _WITH_BROWSER):
         _close_browser()
+    selection = sys.modules.get("workbench.views.base.selection")
+    if selection is not None and (nextitem is None or nextitem.path != item.path):
+        selection.SHARED.value = selection.Selection()
 
 
 @pytest.hookimpl(trylast=True)

@@ -564,7 +564,7 @@ def made(name: str) -> View:
 
 def page_of(names: Iterable[str], path: Path) -> Path:
     """A page with views of these kinds and forms."""
-    return disk.write(path, pages.render("Every view", [made(name).spec for name in names]))
+    return disk.write(path, pages.render("Every view", [made(name).current for name in names]))
 
 
 WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
