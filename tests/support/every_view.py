@@ -310,7 +310,10 @@ def head_page(tokens: Sequence[str] = WORDS[:12]) -> View:
 
 
 def playground(tokens: Sequence[str] = WORDS[:12]) -> Playground:
-    """A playground of a random GPT-2, with a head, a row and an edge ablated; the same model for all."""
+    """A playground of a random GPT-2, with a head, a row and an edge ablated; the same model for all.
+
+    The edge is of the head that `head_page` is of: on a page with both, the playground begins with it and has its map.
+    """
     return copy(_playground(tuple(tokens)))
 
 
@@ -320,7 +323,7 @@ def _playground(tokens: tuple[str, ...]) -> Playground:
 
     wb = attach(_gpt2(2, 3, len(tokens)), _Words(tokens))
     text = "".join(tokens).encode(errors="replace").decode()  # has whole characters only, unlike tokens
-    return views.playground(wb, text).ablate("L1H2").ablate("L0H1", 5).ablate("L0H0", 6, 2)
+    return views.playground(wb, text).ablate("L1H2").ablate("L0H1", 5).ablate("L1H0", 6, 2)
 
 
 def circuit(graph: Graph, kept: int, level: str = "edge", *, task: str = "ioi", seed: int = 0) -> Circuit:
