@@ -162,8 +162,9 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="nowhere"):
-        load(tmp_path / "nowhere")
+    for path in (tmp_path / "nowhere", str(tmp_path / "nowhere"), "./nowhere"):
+        with pytest.raises(ModelError, match=r"there is no folder '.*nowhere'"):
+            load(path)
 
 
 # Names

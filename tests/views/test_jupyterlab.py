@@ -206,10 +206,14 @@ def test_keys_that_a_view_gets_are_not_jupyterlabs(run: tuple[Page, Watch]) -> N
 
 
 def _turn(page: Page, theme: str) -> None:
-    """Change JupyterLab's theme and wait for the views."""
+    """Change JupyterLab's theme, for which it hides all views for a frame, until what is on the screen has its ink."""
     command(page, "apputils:change-theme", theme=f"JupyterLab {theme}")
     themed = f"[...document.querySelectorAll('.workbench')].every(view => view.dataset.theme === '{theme.lower()}')"
     page.wait_for_function(themed)
+    page.locator(".workbench.figure").scroll_into_view_if_needed()
+    inked = """[...document.querySelectorAll('.workbench.figure .main-svg :is(.xtick, .ytick) text')].every(
+        tick => getComputedStyle(tick).fill === getComputedStyle(tick.closest('.workbench')).color)"""
+    page.wait_for_function(inked)
 
 
 def test_every_view_shows_what_is_chosen_in_both_themes(run: tuple[Page, Watch], lab: tuple[str, Path]) -> None:

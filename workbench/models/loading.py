@@ -94,8 +94,8 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
                 hint="pass the folder that save_pretrained wrote",
             )
         return _load_folder(folder)
-    if isinstance(name, Path):
-        raise ModelError(f"there is no folder {str(name)!r}", hint="check the path, or pass a name as a string")
+    if isinstance(name, Path) or name.startswith((".", "/", "~")):  # no owner or model on the hub begins so
+        raise ModelError(f"there is no folder {str(name)!r}", hint="check the path, or pass the name of a model")
     typo = get_close_matches(name.lower().replace("_", "-"), list(available()), n=1, cutoff=0.75)
     if typo and "/" not in name:
         # So close to a shipped name, and without an owner as models on the hub have: no need to go and ask.

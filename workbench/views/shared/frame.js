@@ -298,6 +298,12 @@ export class Frame {
   }
 
   watchTheme() {
+    const sizes = new ResizeObserver(() => {
+      if (this.width === this.body.clientWidth) return;
+      this.width = this.body.clientWidth;
+      this.redraw();
+    });
+    sizes.observe(this.body);
     const read = () => {
       const forced = document.documentElement.dataset.theme ?? { true: "light", false: "dark" }[document.body.dataset.jpThemeLight];
       const printing = matchMedia("print").matches;
@@ -306,7 +312,12 @@ export class Frame {
       this.theme = theme;
       this.printing = printing;
       this.root.dataset.theme = theme;
-      this.redraw();
+      if (this.body.clientWidth || printing) this.redraw();
+      else {
+        this.width = 0; // JupyterLab hides everything for a frame as it changes its theme: observed anew, the width is told
+        sizes.unobserve(this.body);
+        sizes.observe(this.body);
+      }
     };
     read();
     const watcher = new MutationObserver(read);
@@ -314,12 +325,6 @@ export class Frame {
     watcher.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
     const media = ["(prefers-color-scheme: dark)", "print"].map((query) => matchMedia(query));
     for (const one of media) one.addEventListener("change", read);
-    const sizes = new ResizeObserver(() => {
-      if (this.width === this.body.clientWidth) return;
-      this.width = this.body.clientWidth;
-      this.redraw();
-    });
-    sizes.observe(this.body);
     this.endings.push(() => watcher.disconnect(), () => sizes.disconnect(), () => media.forEach((one) => one.removeEventListener("change", read)));
   }
 
