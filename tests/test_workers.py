@@ -26,7 +26,6 @@ from workbench.workers.packing import names_of, packed, unpacked
 from workbench.workers.queue import Queue
 from workbench.workers.ray_workers import _Flight
 
-
 PRESENT = (
     "jsonschema", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "workbench.workers.worker",
     "workbench.sweep",
