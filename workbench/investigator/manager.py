@@ -27,6 +27,7 @@ from workbench.investigator.plan import Plan, Step
 from workbench.investigator.subject import Found, Subject, check_tasks, places_of
 from workbench.investigator.verdict import verdict_of
 from workbench.session.workbench import Workbench
+from workbench.storage import disk
 from workbench.storage.json_text import finite
 from workbench.storage.provenance import describe
 from workbench.sweep.inputs import digest
@@ -99,7 +100,7 @@ def investigate(
     wb.check_ready()
     identity = _identity(wb, task, known, planner, budget, places, proactive, batch_size, seed)
     key = (task.name, identity["prompts"], identity["weights"])
-    folder = None if resume is None else Path(resume)
+    folder = None if resume is None else disk.folder(resume)
     now = _begin(wb, task, folder, identity, budget, remembering, key)
     circuits = {} if remembering is None else remembering.circuits(key)
     subject = Subject(
@@ -139,8 +140,6 @@ def _begin(
                 f"the investigation in {folder} is of another {', '.join(odd)}", hint="give another folder"
             )
         return held
-    if folder is not None and not folder.parent.is_dir():
-        raise WorkbenchError(f"there is no folder {folder.parent}", hint="make the folder first")
     model = describe(wb.model)["model_name"]
     question = f"How does {model} do {task.name}?"
     before = None if memory is None else memory.asked_before(key)

@@ -59,14 +59,14 @@ class Memory:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else disk.readable(folder)
         self.all: list[Remembered] = []
         if self.folder is not None:
             if not self.folder.is_dir():
                 raise WorkbenchError(f"there is no folder {self.folder}", hint="make the folder first")
             file = self.folder / _FILE
             if file.is_file():
-                self.all = [_read(part) for part in parse(file.read_bytes(), _FILE).list(_MOST)]
+                self.all = [_read(part) for part in parse(disk.content(file), _FILE).list(_MOST)]
 
     def __len__(self) -> int:
         return len(self.all)

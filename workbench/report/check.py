@@ -18,7 +18,7 @@ from typing import Any
 from workbench import __version__
 from workbench.errors import ReportError
 from workbench.report.form import FORM
-from workbench.storage.disk import readable
+from workbench.storage import disk
 from workbench.storage.json_text import digest, json_for_html
 from workbench.storage.parts import loads
 from workbench.views.base import page
@@ -51,7 +51,7 @@ def check(path: str | Path, *, limit_bytes: int = LIMIT_BYTES) -> list[str]:
     Raises:
         ReportError: there is no such file, or it cannot be read.
     """
-    file = readable(path)
+    file = disk.readable(path)
     if not file.is_file():
         what = f"{file} is a folder, and no page" if file.is_dir() else f"there is no file {file}"
         raise ReportError(what, hint="pass a page written by Report(...).write(path)")
@@ -59,7 +59,7 @@ def check(path: str | Path, *, limit_bytes: int = LIMIT_BYTES) -> list[str]:
         size = file.stat().st_size
         if size > limit_bytes:
             return [f"the file has {size:,} bytes, the limit is {limit_bytes:,}"]
-        content = file.read_bytes()
+        content = disk.content(file)
     except OSError as error:
         raise ReportError(f"{file} cannot be read: {error.strerror}") from None
     try:
