@@ -2,8 +2,8 @@
 
 A kernel calls its functions thousands of times, and each time the interpreter looks through all of `triton.language`
 for what it has replaced already; that took a third of the time. Another third is types: each number and each block of
-them makes one, and whatever it is asked of is found out again. Of what was left, a third went into sums of integers that
-are done again in 64 bits for an assertion, which only kernels that are debugged make.
+them makes one, and whatever it is asked of is found out again. Of what was left, a third went into sums of integers
+that are done again in 64 bits for an assertion, which only kernels that are debugged make.
 """
 
 from __future__ import annotations
