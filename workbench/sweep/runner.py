@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import size_of
 from workbench.sweep.kept_logits import ARGUMENT, places_read, widened
 from workbench.sweep.outputs import check_value, close, same
-from workbench.sweep.prefix import Prefix
+from workbench.sweep.prefix import Prefix, exchanged, starts_to_try
 from workbench.sweep.variants import OutputStack, Resolved, Stack, Unrepeated, repeat, split
 
 _FEW_ROWS = 256  # vectors in a forward; with fewer, what a forward costs whatever its size weighs more than a block
@@ -127,10 +127,8 @@ class Runner:
         elif self.resumed:
             if self.prefix.reason:
                 warnings.warn(f"some variants run whole forwards: {self.prefix.reason}", UserWarning, stacklevel=3)
-            for start in dict.fromkeys((starts[-1], starts[len(starts) // 2])):
-                if not same(plain, self._forward(batch, size, [self.edits], start)):
-                    self._fall_back(f"a forward resumed at {start} does not give the same numbers")
-                    break
+            if why := self._resumes_wrongly(plain, batch, size, starts_to_try(starts)):
+                self._fall_back(why)
         if self.batched and len(self.variants) > 1:
             ends: list[str | None] = [starts[-1]] if self.resumed else [None]
             if self.resumed and starts[0].rpartition(".")[0] != starts[-1].rpartition(".")[0]:
@@ -159,6 +157,21 @@ class Runner:
             return whole
         self.sparse = True
         return found
+
+    def _resumes_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, starts: Sequence[str]) -> str:
+        """Why no forward can begin at a block; "" if it can."""
+        with suppress(RuntimeError, ValueError, IndexError, TypeError):  # the model may not take its inputs turned
+            self._forward(exchanged(batch, size), size, [self.edits], None)
+        for start in starts:
+            try:
+                if same(plain, self._forward(batch, size, [self.edits], start)):
+                    continue
+            except WorkbenchError:
+                raise
+            except Exception as error:
+                return f"a forward resumed at {start} ends in {type(error).__name__}: {error}"
+            return f"a forward resumed at {start} does not give the same numbers"
+        return ""
 
     def _repeats_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, start: str | None) -> str:
         """Why variants cannot run side by side; "" if they can."""
