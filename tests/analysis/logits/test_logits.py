@@ -349,6 +349,19 @@ def test_the_lens_by_hand(name: str) -> None:
     assert float(lens.divergence[-1].abs().max()) < 1e-5
 
 
+@torch.no_grad()
+def test_a_lens_through_a_narrower_projection_without_a_final_norm() -> None:
+    """OPT-350m: norms behind the sums, and a projection to fewer numbers before the logits."""
+    sides = {"hidden_size": 32, "ffn_dim": 16, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 20}
+    config = hf.OPTConfig(**sides, word_embed_proj_dim=16, do_layer_norm_before=False)
+    model = hf.OPTForCausalLM(config).eval()
+    states = model(inputs := torch.tensor([[5, 6, 7]]), output_hidden_states=True).hidden_states
+    with attach(model) as wb:
+        lens = workbench.logit_lens(wb, {"input_ids": inputs}, 7)
+    logits = model.lm_head(model.model.decoder.project_out(states[1][0]))
+    torch.testing.assert_close(lens.probability[1], logits.double().softmax(-1)[:, 7], rtol=1e-5, atol=1e-8)
+
+
 def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     model, tokenizer = workbench.models.load("demo-lm")
     task = workbench.tasks.ioi(4, seed=0)

@@ -267,6 +267,15 @@ def test_keys_are_positions_or_are_told_not_to_be(name: str) -> None:
     assert found.mixed == (name == "of neighbours")
 
 
+def test_learned_queries_are_no_positions_however_many_they_are() -> None:
+    torch.manual_seed(0)
+    learned = Keyed(lambda x: x)
+    learned.q.forward = lambda x: learned.q.weight[: len(x[0])].expand(len(x), -1, -1)  # type: ignore[method-assign]
+    with replays(Model(learned), torch.randn(2, N, D)) as recorded:
+        [found] = probe_keys(recorded, next(call for call in recorded.calls if call.name == "blocks.0"))
+    assert found.over == "moved"
+
+
 def test_keys_that_read_neighbours_are_listed() -> None:
     """What mixes inside an attention module, before its kernel, hides behind that kernel."""
     torch.manual_seed(0)

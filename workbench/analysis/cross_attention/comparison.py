@@ -126,6 +126,10 @@ def cross_attention_saliency(
             raise WorkbenchError(f"there is no method {saliency!r}", hint=nearest(saliency, METHODS, "method"))
     elif len(saliency) != len(given):
         raise WorkbenchError(f"there are {len(saliency)} pairs of saliency for {len(given)} utterances")
+    if own := [name for name in ("at", "hypothesis", "contrast") if name in options]:
+        raise WorkbenchError(
+            f"{own[0]} is no option of a comparison of several examples", hint='put the output into "labels" of each'
+        )
     if not 0 < level < 1:
         raise WorkbenchError(f"level lies between 0 and 1, and is not {level}")
     if orders:
