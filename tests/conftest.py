@@ -23,6 +23,8 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / ".cach
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "inductor"))
 # The compiler has no option for a linker, but takes the program `ld` that is in this folder.
 os.environ.setdefault("COMPILER_PATH", str(Path(__file__).parents[1] / ".cache" / "linker"))
+# What checks international addresses in JSON schemas takes a second to import, with `nbformat`, and none is checked here.
+sys.modules.setdefault("rfc3987_syntax", None)
 # Python's bytecode too, or each of the many processes that tests start compiles the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
