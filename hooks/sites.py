@@ -84,7 +84,7 @@ class Site:
     @property
     def windowed(self) -> bool:
         """Whether its batch is [example, window] in one axis, the windows of an example one after the other."""
-        return self.windows > 1
+        return self.kind in ("window", "halo") and self.windows > 1
 
     @property
     def _suffix(self) -> str:

@@ -380,15 +380,6 @@ def test_a_folder_that_others_can_write_is_not_trusted(monkeypatch, tmp_path, ca
         build.library.cache_clear()
 
 
-def test_the_library_is_built_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = build._compiled()
-    stamp = first.stat().st_mtime_ns
-    assert build._compiled() == first
-    assert first.stat().st_mtime_ns == stamp
-    assert [p.name for p in first.parent.iterdir()] == [first.name]
-
-
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_any_number_of_threads_gives_the_same_bits(threads, monkeypatch):
     q, k = random(400, 400, h=2, h_kv=2, b=1)

@@ -253,6 +253,18 @@ def test_a_pipe_is_not_waited_for_and_a_device_not_read_to_its_end(tmp_path: Pat
             Circuit.from_mib(tmp_path / name)
 
 
+@posix
+@pytest.mark.parametrize(
+    "read", [workbench.load_capture, workbench.Investigation.load, workbench.Memory, workbench.models.load], ids=str
+)
+def test_a_folder_that_is_closed_is_one_error(
+    read: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # who is root may read all
+    with pytest.raises(WorkbenchError, match=r"Permission denied|closed to you"):
+        read(tmp_path)
+
+
 def test_a_header_says_no_more_than_safetensors(tmp_path: Path) -> None:
     path = files.write(tmp_path / "file", "workbench.test", {}, {"a": torch.zeros(2)})
     length = int.from_bytes(path.read_bytes()[:8], "little")

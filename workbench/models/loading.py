@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,8 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
         return _load_from(_SHIPPED / name, dtype=torch.float32, use_safetensors=True)
     folder = Path(name)
     if _is_folder(folder):
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise ModelError(f"the folder {str(folder)!r} is closed to you", hint="check who may read it")
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"the folder {str(folder)!r} has no config.json, so it is not a Hugging Face model",

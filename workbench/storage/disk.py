@@ -107,7 +107,8 @@ def readable(path: str | Path) -> Path:
     """
     try:
         target = Path(path)
-        target.exists()
+        if target.is_dir() and not os.access(target, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except TypeError:
         raise FormatError(f"{path!r} is no path", hint="pass a str or a pathlib.Path") from None
     except (OSError, ValueError) as error:

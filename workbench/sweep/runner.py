@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.errors import InterventionError, WorkbenchError
+from workbench.hooks.edits import Ablation, zero
 from workbench.hooks.nested import tensors
+from workbench.hooks.positions import Positions
 from workbench.inputs import without_cache
 from workbench.metrics import Metric
 from workbench.session.reference import Reference
@@ -19,7 +21,7 @@ from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import size_of
 from workbench.sweep.kept_logits import ARGUMENT, places_read, widened
 from workbench.sweep.outputs import check_value, close, same
-from workbench.sweep.prefix import Prefix
+from workbench.sweep.prefix import Prefix, exchanged, starts_to_try
 from workbench.sweep.variants import OutputStack, Resolved, Stack, Unrepeated, repeat, split
 
 _FEW_ROWS = 256  # vectors in a forward; with fewer, what a forward costs whatever its size weighs more than a block
@@ -127,15 +129,14 @@ class Runner:
         elif self.resumed:
             if self.prefix.reason:
                 warnings.warn(f"some variants run whole forwards: {self.prefix.reason}", UserWarning, stacklevel=3)
-            for start in dict.fromkeys((starts[-1], starts[len(starts) // 2])):
-                if not same(plain, self._forward(batch, size, [self.edits], start)):
-                    self._fall_back(f"a forward resumed at {start} does not give the same numbers")
-                    break
+            if why := self._resumes_wrongly(plain, batch, size, starts_to_try(starts)):
+                self._fall_back(why)
         if self.batched and len(self.variants) > 1:
             ends: list[str | None] = [starts[-1]] if self.resumed else [None]
             if self.resumed and starts[0].rpartition(".")[0] != starts[-1].rpartition(".")[0]:
                 ends.append(starts[0])  # of another tower, whose examples may be others
             wrong = next(filter(None, (self._repeats_wrongly(plain, batch, size, end) for end in ends)), "")
+            wrong = wrong or self._windows_are_mixed(plain, batch, size)
             if wrong:
                 self.batched = False
                 warnings.warn(f"variants run one by one: {wrong}", UserWarning, stacklevel=3)
@@ -160,6 +161,21 @@ class Runner:
         self.sparse = True
         return found
 
+    def _resumes_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, starts: Sequence[str]) -> str:
+        """Why no forward can begin at a block; "" if it can."""
+        with suppress(RuntimeError, ValueError, IndexError, TypeError):  # the model may not take its inputs turned
+            self._forward(exchanged(batch, size), size, [self.edits], None)
+        for start in starts:
+            try:
+                if same(plain, self._forward(batch, size, [self.edits], start)):
+                    continue
+            except WorkbenchError:
+                raise
+            except Exception as error:
+                return f"a forward resumed at {start} ends in {type(error).__name__}: {error}"
+            return f"a forward resumed at {start} does not give the same numbers"
+        return ""
+
     def _repeats_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, start: str | None) -> str:
         """Why variants cannot run side by side; "" if they can."""
         try:
@@ -177,6 +193,20 @@ class Runner:
             if not close(plain, part):
                 return "a repeated batch gives other numbers, so that its examples act on one another"
         return ""
+
+    def _windows_are_mixed(self, plain: Any, batch: Mapping[str, Any], size: int) -> str:
+        """Why windows keep variants from running side by side: those of one example do not follow each other."""
+        several = {self.wb.sites.find(name): (0,) for name in sorted(self.stack.windowed)}
+        if not several:
+            return ""
+        edit = Ablation(several, zero, Positions())
+        try:
+            parts = split(self._forward(batch, size, [(*self.edits, edit), self.edits], None), 2, 2 * size)
+        except WorkbenchError as error:
+            return error.message
+        if close(plain, parts[1]):
+            return ""
+        return f"an edit of one example's windows at {next(iter(several)).name} reaches those of another"
 
     def _fall_back(self, reason: str) -> None:
         self.resumed, self.reason = False, reason

@@ -176,4 +176,4 @@ def from_inputs(
 
 
 def _ids(given: Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple((int(one),) if isinstance(one, int) else tuple(map(int, one)) for one in given)
+    return tuple((int(one),) if isinstance(one, int) else tuple(dict.fromkeys(map(int, one))) for one in given)

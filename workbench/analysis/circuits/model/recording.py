@@ -209,6 +209,8 @@ def factors_between(before: Tensor, parts: Tensor, after: Tensor, eps: float) ->
 
     None where there are no such numbers, or where one is next to nothing. `eps` as of `same_sum`.
     """
+    if before.shape != after.shape or parts.shape[:-1] != after.shape:
+        return None
     before, parts = before.double(), parts.double()
     solved = torch.linalg.lstsq(parts.flatten(0, -2), (after.double() - before).flatten()[:, None]).solution[:, 0]
     for factors in (torch.ones_like(solved), solved):
