@@ -23,8 +23,6 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / ".cach
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "inductor"))
 # The compiler has no option for a linker, but takes the program `ld` that is in this folder.
 os.environ.setdefault("COMPILER_PATH", str(Path(__file__).parents[1] / ".cache" / "linker"))
-# What checks international addresses in JSON schemas takes a second to import, with `nbformat`, and none is checked here.
-sys.modules.setdefault("rfc3987_syntax", None)
 # Python's bytecode too, or each of the many processes that tests start compiles the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -51,6 +49,8 @@ if (gold := shutil.which("ld.gold")) is not None:
     with suppress(FileExistsError):
         linker.symlink_to(gold)
 sys.dont_write_bytecode = False  # what the variable above has said to this process
+# What checks addresses in JSON takes a second to import, which `nbformat` does, and none is checked here.
+sys.modules.setdefault("rfc3987_syntax", None)
 # A slow machine is no failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
