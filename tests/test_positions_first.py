@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -149,3 +150,34 @@ ANALYSES: list[Callable[[Workbench], Any]] = [
 def test_analyses_of_a_stream_refuse_it(analysis: Callable[[Workbench], Any]) -> None:
     with attach(both()[1]) as wb, pytest.raises(AttachError, match=r"blocks\.\d reads \[\d, 1, 8\]"):
         analysis(wb)
+
+
+class Over(nn.Module):
+    """Attention over the frames of a clip [batch, frame, place, d], each place a row of its own."""
+
+    def __init__(self, places_first: bool) -> None:
+        super().__init__()
+        self.num_heads, self.places_first = H, places_first
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.permute(2, 0, 1, 3) if self.places_first else x.transpose(1, 2)
+        q, k, v = self.qkv(turned.flatten(0, 1)).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4)
+        z = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).view(turned.shape)
+        return x + (z.permute(1, 2, 0, 3) if self.places_first else z.transpose(1, 2))
+
+
+@pytest.mark.parametrize("places_first", [False, True])
+def test_windows_run_side_by_side_only_where_examples_lie_together(places_first: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Over(places_first), Over(places_first)).eval(), torch.randn(2, 3, 4, D)
+    with attach(model) as wb:
+        variants = [workbench.Variant((site.name, head)) for site in wb.sites for head in range(H)]
+        how: dict[str, Any] = {"metrics": lambda y, batch: y[:, 0, 0, 0], "progress": False}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = workbench.run_sweep(wb, variants, [{"input": x}], **how)
+        one_by_one = workbench.run_sweep(wb, variants, [{"input": x}], batched=False, resumed=False, **how)
+    assert found.batched != places_first
+    assert any("reaches those of another" in str(one.message) for one in said) == places_first
+    torch.testing.assert_close(found.values, one_by_one.values, atol=1e-6, rtol=0)

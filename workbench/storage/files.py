@@ -172,7 +172,8 @@ def _tensors(file: BinaryIO, spans: Mapping[str, _Span]) -> dict[str, Tensor]:
 
 def _plain(name: str) -> str:
     """A name in ASCII; modules may be called anything, also what is no valid Unicode."""
-    return json.dumps(name, ensure_ascii=True)[1:-1]
+    plain = json.dumps(name, ensure_ascii=True)[1:-1]
+    return plain if plain != "__metadata__" else "\\u005f_metadata__"  # safetensors' own word
 
 
 def _name(plain: str, path: Path) -> str:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from workbench.errors import InterventionError, WorkbenchError
+from workbench.hooks.edits import Ablation, zero
 from workbench.hooks.nested import tensors
+from workbench.hooks.positions import Positions
 from workbench.inputs import without_cache
 from workbench.metrics import Metric
 from workbench.session.reference import Reference
@@ -134,6 +136,7 @@ class Runner:
             if self.resumed and starts[0].rpartition(".")[0] != starts[-1].rpartition(".")[0]:
                 ends.append(starts[0])  # of another tower, whose examples may be others
             wrong = next(filter(None, (self._repeats_wrongly(plain, batch, size, end) for end in ends)), "")
+            wrong = wrong or self._windows_are_mixed(plain, batch, size)
             if wrong:
                 self.batched = False
                 warnings.warn(f"variants run one by one: {wrong}", UserWarning, stacklevel=3)
@@ -190,6 +193,20 @@ class Runner:
             if not close(plain, part):
                 return "a repeated batch gives other numbers, so that its examples act on one another"
         return ""
+
+    def _windows_are_mixed(self, plain: Any, batch: Mapping[str, Any], size: int) -> str:
+        """Why windows keep variants from running side by side: those of one example do not follow each other."""
+        several = {self.wb.sites.find(name): (0,) for name in sorted(self.stack.windowed)}
+        if not several:
+            return ""
+        edit = Ablation(several, zero, Positions())
+        try:
+            parts = split(self._forward(batch, size, [(*self.edits, edit), self.edits], None), 2, 2 * size)
+        except WorkbenchError as error:
+            return error.message
+        if close(plain, parts[1]):
+            return ""
+        return f"an edit of one example's windows at {next(iter(several)).name} reaches those of another"
 
     def _fall_back(self, reason: str) -> None:
         self.resumed, self.reason = False, reason

@@ -197,6 +197,7 @@ class Stack(Edit):
 
     Attributes:
         plan: for each repeat, its edits. size: examples of one. touched: names of the modules that an edit has changed.
+        windowed: names of those that had more rows than there are examples.
     """
 
     def __init__(self, sites: Iterable[str]) -> None:
@@ -204,6 +205,7 @@ class Stack(Edit):
         self.plan: Sequence[tuple[AnyEdit, ...]] = ((),)
         self.size = 1
         self.touched: set[str] = set()
+        self.windowed: set[str] = set()
 
     def check_rows(self, sizes: Sequence[int], site: str) -> None:
         """Raise an `Unrepeated` where a module runs on another number of examples than all repeats have together.
@@ -221,6 +223,8 @@ class Stack(Edit):
     def __call__(self, call: AttentionCall, z: Tensor) -> Tensor:
         """z with each repeat's heads edited."""
         self.check_rows(z.shape[:1], call.site)
+        if z.shape[0] > len(self.plan) * self.size:
+            self.windowed.add(call.site)
         size, new = z.shape[0] // len(self.plan), None
         for number, edits in enumerate(self.plan):
             own = [edit for edit in edits if isinstance(edit, Edit) and call.site in edit.sites]
