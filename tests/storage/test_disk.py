@@ -21,6 +21,8 @@ from workbench.analysis.circuits import mib
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
+from workbench.analysis.corpus.headvis import read_headvis
+from workbench.capture.store.writing import open_writer
 from workbench.errors import FileError, FormatError, ReportError, WorkbenchError
 from workbench.report.check import check
 from workbench.storage import disk, files
@@ -191,6 +193,14 @@ def test_a_wrong_path_is_one_error(writers: dict[str, Write], name: str, path: s
 
 @pytest.mark.parametrize("path", [None, 5, b"file", "x" * 5000, "a\x00b"], ids=repr)
 def test_what_no_path_is_is_not_read(path: Any) -> None:
+    with pytest.raises(FormatError):
+        read_headvis(path)
+    settings: Any = None
+    if not isinstance(path, str):
+        with pytest.raises(WorkbenchError, match="is no path"):
+            workbench.models.load(path)
+        with pytest.raises(FileError, match="is no path"), open_writer(path, settings, {}, {}):
+            pass
     with pytest.raises(FormatError, match=r"is no path|cannot be read|there is no file"):
         workbench.load_capture(path)
     with pytest.raises(FileError, match=r"is no path|cannot be written"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import WorkbenchError, nearest
+from workbench.storage.disk import as_path
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,7 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
         import torch
 
         return _load_from(_SHIPPED / name, dtype=torch.float32, use_safetensors=True)
-    folder = Path(name)
+    folder = as_path(name, ModelError)
     if _is_folder(folder):
         if not os.access(folder, os.R_OK | os.X_OK):
             raise ModelError(f"the folder {str(folder)!r} is closed to you", hint="check who may read it")

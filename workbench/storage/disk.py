@@ -10,8 +10,9 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from workbench.errors import FileError, FormatError
+from workbench.errors import FileError, FormatError, WorkbenchError
 
 try:
     import fcntl
@@ -34,6 +35,14 @@ _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
+def as_path(path: Any, error: type[WorkbenchError] = FileError) -> Path:
+    """The path that was given, or an error of that class where it is none."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise error(f"{path!r} is no path", hint="pass a str or a pathlib.Path") from None
+
+
 def writable(path: str | Path) -> Path:
     """The path, if a file can stand there; of a symbolic link, where it leads.
 
@@ -42,7 +51,7 @@ def writable(path: str | Path) -> Path:
             no file.
     """
     try:
-        target = Path(path)
+        target = as_path(path)
         with suppress(FileNotFoundError, NotADirectoryError):
             target.lstat()  # names what is wrong with a path, which the questions below would only answer with no
         if target.is_symlink():
@@ -59,8 +68,6 @@ def writable(path: str | Path) -> Path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError) as error:  # too long, or with characters that no path may have
         raise failed(path, error) from None
-    except TypeError:
-        raise FileError(f"{path!r} is no path", hint="pass a str or a pathlib.Path") from None
     return target
 
 
@@ -87,14 +94,12 @@ def folder(path: str | Path) -> Path:
         FileError: it cannot be made, there is no folder to make it in, or no file can be made in it.
     """
     try:
-        target = Path(path)
+        target = as_path(path)
         if not target.parent.is_dir():
             raise FileError(f"there is no folder {target.parent}", hint="make the folder first")
         target.mkdir(exist_ok=True)
     except (OSError, ValueError) as error:
         raise failed(path, error) from None
-    except TypeError:
-        raise FileError(f"{path!r} is no path", hint="pass a str or a pathlib.Path") from None
     tried(target / "file")
     return target
 
@@ -106,11 +111,9 @@ def readable(path: str | Path) -> Path:
         FormatError: it is no path, or one that no file can have.
     """
     try:
-        target = Path(path)
+        target = as_path(path, FormatError)
         if target.is_dir() and not os.access(target, os.R_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except TypeError:
-        raise FormatError(f"{path!r} is no path", hint="pass a str or a pathlib.Path") from None
     except (OSError, ValueError) as error:
         raise FormatError(
             f"{str(path)[:100]!r} cannot be read: {getattr(error, 'strerror', error)}", hint="check the path"

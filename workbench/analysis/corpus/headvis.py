@@ -91,8 +91,8 @@ def read_headvis(folder: str | Path) -> pd.DataFrame:
     where = disk.readable(folder)
     try:
         raw = {name: disk.content(where / name) for name in (CONFIG, NUMBERS)}
-    except OSError as error:
-        raise FormatError(f"{where.name} is no folder of HeadVis: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a name with characters that no path may have is a ValueError
+        raise FormatError(f"{where.name!r} is no folder of HeadVis: {getattr(error, 'strerror', error)}") from None
     names = [one.text() for one in parse(raw[CONFIG], CONFIG)["metrics"].list()]
     rows = []
     for row in parse(raw[NUMBERS], NUMBERS).list():

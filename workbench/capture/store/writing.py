@@ -319,7 +319,7 @@ def open_writer(
     """
     for module in ("google_crc32c", "pyarrow.parquet"):
         need(module, "a store")
-    folder = Path(path)
+    folder = disk.as_path(path)
     facts, tokens = settings.state()
     if tokens:
         raise CaptureError("a store takes the ids of each forward, not tokens=", hint="leave tokens= out")
