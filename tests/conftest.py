@@ -49,6 +49,8 @@ if (gold := shutil.which("ld.gold")) is not None:
     with suppress(FileExistsError):
         linker.symlink_to(gold)
 sys.dont_write_bytecode = False  # what the variable above has said to this process
+# What checks addresses in JSON takes a second to import, which `nbformat` does, and none is checked here.
+sys.modules.setdefault("rfc3987_syntax", None)
 # A slow machine is no failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")

@@ -4,10 +4,15 @@ A kernel calls its functions thousands of times, and each time the interpreter l
 for what it has replaced already; that took a third of the time. Another third is types: each number and each block of
 them makes one, and whatever it is asked of is found out again. Of what was left, a third went into sums of integers
 that are done again in 64 bits for an assertion, which only kernels that are debugged make.
+
+`python -m support.interpreter SCRIPT ARGUMENTS` runs a script so.
 """
 
 from __future__ import annotations
 
+import os
+import runpy
+import sys
 from typing import Any
 
 
@@ -97,3 +102,11 @@ def _keep_types() -> None:
                 sizes[0] = self.numel, self.shape
 
     interpreter._get_np_dtype, core.block_type.__init__, core.tensor.__init__ = dtype, block, tensor
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    patch_once()
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")

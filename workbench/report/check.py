@@ -120,8 +120,8 @@ def _made_anew(texts: dict[str, str], *, minified: bool) -> str | list[str]:
         if json_for_html(values[name]) != text:
             return [f"the data block {name} is not written as this package writes JSON"]
     views = [name for name in texts if name not in (page.WORDS, page.PROVENANCE)]
-    if views != [f"view-{i}" for i in range(len(views))]:
-        return [f"the page has data of other views than its own: {', '.join(views)[:_SHOWN]}"]
+    if list(texts) != [*(f"view-{i}" for i in range(len(views))), page.WORDS, page.PROVENANCE]:
+        return [f"the page has data of other views than its own, or in another order: {', '.join(texts)[:_SHOWN]}"]
     try:
         for name in views:
             check_static(values[name])

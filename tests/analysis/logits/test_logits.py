@@ -349,6 +349,18 @@ def test_the_lens_by_hand(name: str) -> None:
     assert float(lens.divergence[-1].abs().max()) < 1e-5
 
 
+def test_a_norm_and_a_projection_in_one_module() -> None:
+    plain, joined = _model("gpt2"), _model("gpt2")
+    joined.load_state_dict(plain.state_dict())
+    head = nn.Sequential(joined.transformer.ln_f, nn.Linear(*joined.lm_head.weight.shape[::-1], bias=False))
+    head[1].weight = joined.lm_head.weight
+    joined.transformer.ln_f, joined.lm_head = nn.Identity(), head
+    with attach(plain) as one, attach(joined) as other:
+        want, found = (attribute(wb, _inputs("gpt2"), 5, contrast=7) for wb in (one, other))
+    torch.testing.assert_close(found.values, want.values, atol=1e-5, rtol=1e-5)
+    assert found.norm == "lm_head.0, LayerNorm, its scale frozen"
+
+
 @torch.no_grad()
 def test_a_lens_through_a_narrower_projection_without_a_final_norm() -> None:
     """OPT-350m: norms behind the sums, and a projection to fewer numbers before the logits."""

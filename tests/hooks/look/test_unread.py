@@ -122,6 +122,18 @@ def test_attention_that_is_read_and_layers_by_position_are_not_listed() -> None:
     assert unread(nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, batch_first=True), 2)) == []
 
 
+def test_weights_of_a_pool_of_tokens_are_no_output_of_theirs() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend, self.probe = nn.MultiheadAttention(D, 4, batch_first=True), nn.Parameter(torch.ones(1, 1, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attend(self.probe.expand(len(x), 1, D), x, x)[0]  # with their mean weights beside it
+
+    assert unread(Pool()) == []
+
+
 def test_mixing_is_put_down_to_the_module_that_does_it() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
