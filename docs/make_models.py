@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,8 +12,10 @@ sys.path.append(str(ROOT / "tests"))
 
 import workbench  # noqa: E402
 from support.survey.models import SURVEY  # noqa: E402
+from support.survey.surveyed import Surveyed  # noqa: E402
 from support.tiny import ZOO, Family, make  # noqa: E402
 from support.zoo.refusals import REFUSALS  # noqa: E402
+from workbench.hooks.sites import Sites  # noqa: E402
 
 BACKENDS = {
     "sdpa": "sdpa",
@@ -136,12 +138,16 @@ def found(members: list[Family]) -> tuple[list[str], list[str]]:
     return list(kinds), list(patterns)
 
 
-def mixers() -> Iterator[str]:
+def looked_at(one: Surveyed) -> Sites:
+    """The sites of a model of the survey, and its unread mixers."""
+    with torch.no_grad(), workbench.attach(one.make(), check=False) as wb:
+        return wb.look(**one.inputs())
+
+
+def mixers(sites_of: Callable[[Surveyed], Sites]) -> Iterator[str]:
     """A line for each model of the survey: its sites, and its unread mixers by class."""
     for one in SURVEY:
-        model = one.make()
-        with torch.no_grad(), workbench.attach(model, check=False) as wb:
-            sites = wb.look(**one.inputs())
+        sites = sites_of(one)
         kinds = Counter(site.kind for site in sites)
         classes = Counter(each.cls for each in sites.unread)
         read = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none"
@@ -155,10 +161,10 @@ def refused() -> Iterator[str]:
         yield f"- {refusal.what} `{refusal.error.__name__}`: “{refusal.message} …”"
 
 
-def page() -> str:
-    """The text of docs/models.md."""
+def page(sites_of: Callable[[Surveyed], Sites] = looked_at) -> str:
+    """The text of docs/models.md. `sites_of`: what is known already of a model of the survey."""
     read = "\n".join((HEAD, *rows()))
-    return read + "\n" + EVERY_MIXER + "\n".join(mixers()) + "\n" + NOTES + "\n".join(refused()) + "\n"
+    return read + "\n" + EVERY_MIXER + "\n".join(mixers(sites_of)) + "\n" + NOTES + "\n".join(refused()) + "\n"
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ class _Reading:
         for code in codes:  # grows: nested functions are constants of their parent
             codes.extend(c for c in code.co_consts if isinstance(c, CodeType))
         names = {name for code in codes for name in (*code.co_names, *code.co_freevars)}
+        names |= self._other_names(function, cls, names)
         softmax = bool(names & (_SOFTMAX | self.softmaxes))
         product = bool(names & _PRODUCTS) or any(map(_multiplies, codes))
         if cls is not None and self.across_methods:
@@ -115,6 +116,17 @@ class _Reading:
             for name in sorted(names)
             for called, owner in self._called(function, cls, name)
         )
+
+    def _other_names(self, function: FunctionType, cls: type | None, names: set[str]) -> set[str]:
+        """What functions that are known here by other names are called where they were made (`import … as sdpa`)."""
+        closed = _closed_over(function)
+        found = set[str | None]()
+        for name in names:
+            several = [function.__globals__.get(name), closed.get(name)]
+            if cls is not None:
+                several += [self.callables.get(name), inspect.getattr_static(cls, name, None)]
+            found |= {_own_name(each) for each in several if each is not None}
+        return {name for name in _MARKS | _SOFTMAX | _PRODUCTS if name in found}
 
     def _called(
         self, function: FunctionType, cls: type | None, name: str
@@ -156,7 +168,22 @@ def _callables(module: nn.Module) -> dict[str, Any]:
 
 def _code(value: Any) -> Any:
     function = _function(value)
-    return type(value) if function is None else function.__code__
+    if function is not None:
+        return function.__code__
+    return type(value) if _own_name(value) is None else _without_partial(value)
+
+
+def _own_name(value: Any) -> str | None:
+    """The name by which a function was defined, also one that is not Python's; None of what is no function."""
+    inner = _without_partial(value)
+    name = getattr(inner, "__name__", None) if callable(inner) and not isinstance(inner, type) else None
+    return name if isinstance(name, str) else None
+
+
+def _without_partial(value: Any) -> Any:
+    while isinstance(value, (partial, staticmethod)):
+        value = value.func if isinstance(value, partial) else value.__func__
+    return value
 
 
 def _function(value: Any) -> FunctionType | None:

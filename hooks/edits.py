@@ -7,6 +7,7 @@ positions that it does not touch to the bit.
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from workbench.errors import InterventionError
 from workbench.hooks.nested import first_tensor
-from workbench.hooks.positions import Positions
+from workbench.hooks.positions import Positions, positions_first
 from workbench.hooks.rows import check_row, head_values, rows
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
@@ -38,6 +39,9 @@ class _OnSites:
         self.sites = frozenset(sites)
         self.fired: set[str] = set()
 
+    def on_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """The model is about to run on these inputs, by the names of its forward's arguments."""
+
 
 class Edit(_OnSites, ABC):
     """Changes the output of heads at attention sites."""
@@ -48,9 +52,6 @@ class Edit(_OnSites, ABC):
 
         Where other processes hold some of the heads (`call.shard`), these are NaN, and what is made of them is dropped.
         """
-
-    def on_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """The model is about to run on these inputs, by the names of its forward's arguments."""
 
 
 class OutputEdit(_OnSites, ABC):
@@ -267,6 +268,12 @@ class SteerOutput(OutputEdit):
     def __init__(self, name: str, direction: Tensor, positions: Positions) -> None:
         super().__init__([name])
         self.direction, self.positions = direction, positions
+        self._given: dict[int, tuple[int, ...]] = {}  # by thread, the first two sizes of what the model was given
+
+    def on_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Keeps their sizes, by which examples are told from positions."""
+        sizes = (tuple(t.shape[:2]) for t in inputs.values() if isinstance(t, Tensor) and t.dim() > 1)
+        self._given[threading.get_ident()] = next(sizes, ())
 
     def __call__(self, name: str, module: nn.Module, output: Any) -> Any:
         """The output, moved."""
@@ -280,17 +287,11 @@ class SteerOutput(OutputEdit):
                 raise InterventionError(
                     "positions need an output [batch, position, d_model]", site=name, shape=hidden.shape
                 )
-            first = _positions_first(module)
+            first = positions_first(name, module, tuple(hidden.shape[:2]), self._given.get(threading.get_ident(), ()))
             batch, length = (hidden.shape[1], hidden.shape[0]) if first else hidden.shape[:2]
             where = self.positions.mask(batch, length, name, hidden.device)[..., None]
             moved = torch.where(where.transpose(0, 1) if first else where, moved, hidden)
         return put_back(moved)
-
-
-def _positions_first(module: nn.Module) -> bool:
-    """Whether a module's output is [position, batch, d_model], as that of PyTorch's own layers may be."""
-    attention = next((part for part in module.modules() if isinstance(part, nn.MultiheadAttention)), None)
-    return attention is not None and not attention.batch_first
 
 
 def check_range(heads: Iterable[int], n_heads: int, site: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.errors import InterventionError
 
@@ -101,6 +101,26 @@ class Positions:
                 site=site,
             )
         return index.to(device) % length
+
+
+def positions_first(name: str, module: nn.Module, sizes: tuple[int, ...], given: tuple[int, ...]) -> bool:
+    """Whether a module's output is [position, batch, d_model]: as PyTorch's own layers say, or the model's inputs show.
+
+    Args:
+        sizes: the first two of the output. given: those of what the model was given; () where that is not known.
+
+    Raises:
+        InterventionError: layers of PyTorch's inside a module have positions first, and nothing shows whether it has.
+    """
+    attention = next((part for part in module.modules() if isinstance(part, nn.MultiheadAttention)), None)
+    stated = attention is not None and not attention.batch_first
+    turned = sizes == given[::-1] and sizes[0] != sizes[-1]
+    if not stated or turned or not given or type(module).__module__.startswith("torch.nn."):
+        return stated or turned
+    raise InterventionError(
+        "attention inside the module has positions first, and whether its output has cannot be told",
+        site=name, shape=sizes, hint="steer the attention itself, or heads of it, or all positions",
+    )  # fmt: skip
 
 
 def _integers(given: Any) -> list[int]:

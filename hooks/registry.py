@@ -143,6 +143,13 @@ def _run(listener: Listener, backend: str, function: Backend, module: nn.Module,
     return listener(backend, function, module, args, kwargs)
 
 
+def is_flex(function: Backend) -> bool:
+    """Whether a backend is that of `transformers` for FlexAttention, which calls no SDPA: the code that it compiles
+    would be compiled anew under a mode, and is of many functions where it is not compiled.
+    """
+    return getattr(function, "__module__", "") == "transformers.integrations.flex_attention"
+
+
 def read(
     site: str,
     backend: str,

@@ -94,16 +94,16 @@ class FunctionTap(TorchFunctionMode):
             self._inner = outer
 
     @contextmanager
-    def away(self) -> Iterator[None]:
-        """Nothing inside is the model's own: it is off the stack where it is on top, and each function costs less."""
+    def away(self) -> Iterator[LseWatch]:
+        """As `inside`, where SDPA is not called: off the stack, if on top of it, so that each function costs less."""
         stack = _get_current_function_mode_stack()
         if not stack or stack[-1] is not self:
-            with self.inside():
-                yield
+            with self.inside() as inner:
+                yield inner
             return
         try:
             torch._C._pop_torch_function_stack()
-            yield
+            yield LseWatch()
         finally:
             if not self.entered and not self.shut:
                 torch._C._push_on_torch_function_stack(self)

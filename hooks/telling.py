@@ -124,7 +124,7 @@ class Telling:
         if not state.stack:
             return function(module, *args, **kwargs)
         paged = PagedKeys.within(kwargs)
-        with state.tap.inside() as inner:
+        with state.tap.away() if registry.is_flex(function) else state.tap.inside() as inner:
             result = function(module, *args, **(kwargs if paged is None else kwargs | {"cache": paged.cache}))
         name = self._names.get(module)
 

@@ -21,12 +21,14 @@ from workbench.kernels.softmax_problem import SoftmaxProblem
 from workbench.kernels.softmax_tiles import HIDDEN, SoftmaxTiles
 from workbench.kernels.source import RawTileMaker, TileMaker
 from workbench.kernels.statistics import Options
+from workbench.kernels.streaming import find_denominators
 from workbench.kernels.tile import Space
 from workbench.kernels.torch_engine import TorchEngine
 from workbench.kernels.triton import TritonEngine
 
 _WEIGHTLESS = HIDDEN / 1e3  # the logarithm of nothing
 _FAR = 1e20  # beyond all denominators that scores add up to
+_COARSE = 1024.0  # from which on float32 rounds the logarithm of a denominator, and so weights, by 6e-5 or more
 
 for _engine in (TorchEngine(), TritonEngine(), NativeEngine()):  # the last is asked first
     engines.register(_engine)
@@ -140,7 +142,14 @@ class SoftmaxPattern(Pattern):
     def _finite_lse(self) -> Tensor:
         if self._kernel_lse is not None and self.device.type != "cpu":
             return self._asked(self._within(self._kernel_lse.to(self.dtype).contiguous()))
-        return self.lse.clamp(min=-_FAR) if self.mask.may_hide_all else self.lse
+        lse = self.lse.clamp(min=-_FAR) if self.mask.may_hide_all else self.lse
+        return self._in_double() if lse.dtype == torch.float32 and bool(_is_coarse(lse).any()) else lse
+
+    def _in_double(self) -> Tensor:
+        """The denominators in float64, of rows whose scores are large, as where −1e9 is added to all of them."""
+        source = SoftmaxTiles(SoftmaxProblem(self.q, self.k, self.mask, self.scale, self.softcap, self.sinks,
+                                             self.key_bias))  # fmt: skip
+        return find_denominators(source).total.clamp(min=-_FAR)
 
     def _within(self, lse: Tensor) -> Tensor:
         """Kernels give rows without keys either infinity."""
@@ -249,6 +258,12 @@ class SoftmaxPattern(Pattern):
         assert made._kernel_lse is not None
         empty = made._kernel_lse < -1e19  # where an engine begins, below all that scores add up to
         return SoftmaxPattern(self.q, self.k, self.mask.without_rows(empty), **how) if bool(empty.any()) else made
+
+
+def _is_coarse(lse: Tensor) -> Tensor:
+    """Which denominators are so large that float32 rounds them visibly; those of rows without keys are not."""
+    size = lse.abs()
+    return (size > _COARSE) & (size < _FAR / 2)
 
 
 def _check_queries_and_keys(q: Tensor, k: Tensor) -> None:

@@ -24,8 +24,8 @@ class SoftmaxProblem:
         softcap: scores become softcap · tanh(score / softcap); None for none.
         sinks: [head] logits that join the denominator only; None for none.
         key_bias: [batch, head or 1, key] added to the scores; None for none.
-        lse: [batch, head, query] natural log of each row's denominator, finite also in rows that see no key; None
-            where it is still to be found.
+        lse: [batch, head, query] natural log of each row's denominator, finite also in rows that see no key; in
+            float64 where scores are so large that float32 would round weights; None where it is still to be found.
         of_magnitudes: the softmax is that of ln |scale · q kᵀ|: |q kᵀ| normalised per row. Only the Triton kernels know
             it, and no registered engine is given one.
         fades: [batch or 1, head, key] float64 G, in the place of key_bias: G_i − G_j is added to the score of i and j.

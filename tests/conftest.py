@@ -38,7 +38,7 @@ from hypothesis import HealthCheck, settings
 from support.unavailable import unavailable
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, BrowserContext
 
     from support.browser import WatchedPage
 
@@ -49,6 +49,8 @@ if (gold := shutil.which("ld.gold")) is not None:
     with suppress(FileExistsError):
         linker.symlink_to(gold)
 sys.dont_write_bytecode = False  # what the variable above has said to this process
+# What checks addresses in JSON takes a second to import, which `nbformat` does, and none is checked here.
+sys.modules.setdefault("rfc3987_syntax", None)
 # A slow machine is no failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
@@ -165,11 +167,22 @@ def _close_browser() -> None:
     _RUNNING.close()
 
 
+@pytest.fixture(scope="module")
+def _window(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Iterator["BrowserContext"]:
+    """What the pages of a file's tests share: one process of the browser, which an open page keeps."""
+    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900}, device_scale_factor=1)
+    empty = tmp_path_factory.mktemp("window") / "empty.html"
+    empty.write_text("<!doctype html><title>empty</title>")
+    context.new_page().goto(empty.as_uri())
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def page(browser: "Browser") -> Iterator["WatchedPage"]:
+def page(_window: "BrowserContext") -> Iterator["WatchedPage"]:
     """A new page without a network, with a record of its errors and of its requests (`support.browser.WatchedPage`)."""
     from support.browser import WatchedPage
 
-    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900}, device_scale_factor=1)
-    yield WatchedPage(context.new_page())
-    context.close()
+    found = _window.new_page()
+    yield WatchedPage(found)
+    found.close()

@@ -1,8 +1,10 @@
-"""Every mixer of tokens is a site, or stands in `sites.unread`, in models of many families."""
+"""Every mixer of tokens is a site, or stands in `sites.unread`, in models of many families; docs/models.md has them."""
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,11 @@ from support.survey.judge import mixers
 from support.survey.models import SURVEY
 from support.survey.surveyed import Surveyed
 from support.unavailable import unavailable
+from workbench.hooks.sites import Sites
+
+DOCS = Path(__file__).parents[1] / "docs"
+SITES: dict[str, Sites] = {}
+"""By label, those of the models that the tests below have looked at."""
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -28,6 +35,7 @@ def test_every_mixer_is_a_site_or_listed(one: Surveyed) -> None:
     with torch.no_grad(), workbench.attach(model, check=False) as wb:
         found = wb.verify(**inputs)
         sites = wb.sites
+    SITES[one.label] = sites
     assert seen
     assert found.identical
     assert not found.checks or found.ok, found.table
@@ -41,6 +49,17 @@ def test_every_mixer_is_a_site_or_listed(one: Surveyed) -> None:
         and not (isinstance(model.get_submodule(name), nn.Softmax) and name.rpartition(".")[0] in named)
     }  # fmt: skip
     assert not missing, sites
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_of_models_is_what_its_script_makes() -> None:
+    script = runpy.run_path(str(DOCS / "make_models.py"))
+    try:
+        page = script["page"](lambda one: SITES[one.label] if one.label in SITES else script["looked_at"](one))
+    except ModuleNotFoundError as error:
+        unavailable(str(error))
+    assert len({one.label for one in SURVEY}) == len(SURVEY)
+    assert page == (DOCS / "models.md").read_text(), "run docs/make_models.py"
 
 
 class _Own(nn.Module):

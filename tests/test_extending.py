@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ import pytest
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"```python\n# outside/(\w+)\.py\n(.*?)```", PAGE, flags=re.DOTALL))
 RUN = """
-import importlib, pathlib, sys, traceback
+import importlib, pathlib, sys, traceback, warnings
+warnings.filterwarnings("error", module="workbench$")
 for name in sys.argv[1:]:
     try:
         importlib.import_module(f"outside.{name}").demonstrate(pathlib.Path.cwd())
@@ -22,15 +22,16 @@ for name in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What running all recipes in one fresh process printed."""
+def said(tmp_path_factory: pytest.TempPathFactory, forked: list[str]) -> str:
+    """What running all recipes in one process printed, which nothing has been added to before."""
     folder = tmp_path_factory.mktemp("extending")
     (folder / "outside").mkdir()
     (folder / "outside" / "__init__.py").touch()
+    (folder / "all_recipes.py").write_text(RUN, encoding="utf-8")
     for name, text in RECIPES.items():
         (folder / "outside" / f"{name}.py").write_text(text, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(folder)}
-    command = [sys.executable, "-W", "error:::workbench", "-c", RUN, *RECIPES]
+    command = [*forked, "all_recipes", *RECIPES]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
 
 

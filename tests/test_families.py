@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import workbench
 from support.against_eager import COLUMNS, ROWS, assert_equal_to_eager
@@ -148,7 +149,10 @@ def test_flex_attention_compiled() -> None:
     one = family("llama-left-padded")
     model = on_backend(make(one), "flex_attention")
     with torch.no_grad():
+        model(**one.inputs())
+        bare = counters["stats"]["unique_graphs"]
         capture = captured(model, one.inputs())
+    assert counters["stats"]["unique_graphs"] - bare <= 1  # that of the mask; attention is not compiled once more
     assert_true(one, model, capture)
 
 

@@ -16,7 +16,7 @@ SMALL: dict[str, dict[str, int]] = {
     "02-long-context": {"N": 1024},
     "03-heads": {"N_IMAGES": 10, "N_PROMPTS": 8, "N_ORDERS": 1, "N_EPOCHS": 1},
     "04-circuits": {"N_PROMPTS": 2, "N_DRAWS": 10, "N_BOOTSTRAP": 10, "N_HELD_OUT": 4},
-    "05-cross-attention": {"N_CLIPS": 2, "N_MASKS": 40, "N_ENCODER_MASKS": 40},
+    "05-cross-attention": {"N_CLIPS": 2, "N_MASKS": 40, "N_ENCODER_MASKS": 40, "N_FRACTIONS": 4},
     "06-capacity": {"N_PROMPTS": 12, "N_EXAMPLES": 4, "N_REPEATS": 3, "N_CHOICES": 3},
     "07-linear-layers": {"N_STEPS": 3, "N_EPOCHS": 1},
     "09-where-it-looks": {"N_PICTURES": 4},

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -36,26 +37,7 @@ def _shaped_like_it(folder: Path) -> None:
     GPT2LMHeadModel(config).save_pretrained(folder)
 
 
-# Each in a process of its own, forked where what takes longest has been imported: the README alone begins with nothing.
-_EACH = """
-import os, runpy, sys
-import transformers, workbench
-
-for name in workbench.__all__:
-    getattr(workbench, name)
-for folder in sys.argv[1:]:
-    if (child := os.fork()) == 0:
-        os.chdir(folder)
-        for name, number in {"printed": 1, "said": 2}.items():
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
-        runpy.run_path("blocks.py", run_name="__main__")
-        break
-    open(os.path.join(folder, "status"), "w").write(str(os.waitpid(child, 0)[1]))
-"""
-
-
-def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error:::workbench", *arguments]
+def _run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -70,7 +52,8 @@ def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
     assert len(blocks(README)) == 4
     assert len(HUB) == 1
     _shaped_like_it(tmp_path / HUB[0])
-    done = _run(_written(tmp_path, "\n".join(blocks(README))), "blocks.py")
+    written = _written(tmp_path, "\n".join(blocks(README)))
+    done = _run(written, sys.executable, "-W", "error:::workbench", "blocks.py")  # which begins with nothing
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Verification(ok" in done.stdout
     assert "torch.Size([1, 8, 29])" in done.stdout
@@ -113,28 +96,30 @@ print(len(found.to_png()), len(found.to_html()))
 OTHERS = [page.name for page in sorted(ROOT.glob("docs/*.md")) if blocks(page) and page.name not in ELSEWHERE]
 
 
+_STRICT = r"import warnings; warnings.filterwarnings('error', module=r'workbench\Z')"
+
+
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which each page but README has one, with what its blocks left and said."""
-    folder = tmp_path_factory.mktemp("pages")
+def ran(tmp_path_factory: pytest.TempPathFactory, forked: list[str]) -> dict[str, tuple[Path, Any]]:
+    """Of each page but README the folder with what its blocks left, and the process that ran them, done."""
+    folder, found = tmp_path_factory.mktemp("pages"), {}
     for name in OTHERS:
-        text = [PREAMBLES.get(name, ""), *blocks(ROOT / "docs" / name), AFTERWARDS.get(name, "")]
-        _written(folder / name, "\n".join(text))
-    done = _run(folder, "-c", _EACH, *OTHERS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+        text = [_STRICT, PREAMBLES.get(name, ""), *blocks(ROOT / "docs" / name), AFTERWARDS.get(name, "")]
+        found[name] = (folder / name, _run(_written(folder / name, "\n".join(text)), *forked, "blocks"))
+    return found
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_block_of_the_other_pages_runs(ran: Path, name: str) -> None:
-    assert (ran / name / "status").read_text() == "0", (ran / name / "said").read_text()[-3000:]
+def test_every_block_of_the_other_pages_runs(ran: dict[str, tuple[Path, Any]], name: str) -> None:
+    _, done = ran[name]
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_how_to_has_much_and_leaves_what_it_says(ran: Path) -> None:
+def test_the_how_to_has_much_and_leaves_what_it_says(ran: dict[str, tuple[Path, Any]]) -> None:
     assert len(re.findall(r"^### .+$", HOW_TO.read_text(encoding="utf-8"), flags=re.MULTILINE)) >= 30
     assert len(blocks(HOW_TO)) > 30
-    folder = ran / HOW_TO.name
-    assert "Verification(ok" in (folder / "printed").read_text()
+    folder, done = ran[HOW_TO.name]
+    assert "Verification(ok" in done.stdout
     for name in ("head.png", "head.pdf", "page.html", "prompt.safetensors", "sweep.safetensors"):
         assert (folder / name).stat().st_size > 1000, name
 

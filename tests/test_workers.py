@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import workbench
+from support.forks import forks
 from support.unavailable import unavailable
 from support.work import WORK, Ends, Fails, same
 from workbench import RayWorkers, Variant, Workbench
@@ -24,14 +26,35 @@ from workbench.workers.packing import names_of, packed, unpacked
 from workbench.workers.queue import Queue
 from workbench.workers.ray_workers import _Flight
 
+PRESENT = (
+    "jsonschema", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "workbench.workers.worker",
+    "workbench.sweep",
+)  # fmt: skip
+"""What every worker imports, and what takes seconds. Not Ray: its connections do not live on in forks."""
+WORKER = "ray._private.workers.default_worker"
+
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[RayWorkers]:
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayWorkers]:
+    """Two workers of Ray, forked where their imports are there already; so are those in the place of lost ones.
+
+    Ray starts workers with the interpreter that it runs in, and knows them by what they say of themselves.
+    """
     try:
         import ray
     except ModuleNotFoundError as error:
         unavailable(f"{error}: pip install 'attention-workbench[scale]'")
-    with RayWorkers(2) as workers:
+    folder = tmp_path_factory.mktemp("workers")
+    with forks(folder, *PRESENT) as command, RayWorkers(2) as workers:
+        python = folder / "python"
+        forked, plain = (shlex.join(each) for each in ([*command, WORKER], [sys.executable]))
+        python.write_text(
+            f'#!/bin/sh\ncase "$1" in *default_worker.py) shift; exec {forked} "$@";; *) exec {plain} "$@";; esac\n'
+        )
+        python.chmod(0o755)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sys, "executable", str(python))
+            assert workers.n_workers == 2
         yield workers
     assert not ray.is_initialized()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench import __version__
+from workbench.counting import count
 from workbench.errors import CaptureError, ReportError, TaskError, WorkbenchError, nearest
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def report(
     loaded, tokenizer = _load(model, device, dtype)
     page = Report(f"The heads of {Path(model).name}")
     with attach(loaded, tokenizer) as wb:
-        _say(f"verifying and capturing {len(wb.sites)} sites …")
+        _say(f"verifying and capturing {count(len(wb.sites), 'site')} …")
         add_example(page, wb, example, statistics=names, layers=chosen)
     _write(page, out, allow_large=allow_large)
 
@@ -151,7 +152,7 @@ def verify(
     example = _example(model, text, image, audio)
     loaded, tokenizer = _load(model, device, dtype)
     with attach(loaded, tokenizer) as wb, torch.inference_mode():
-        _say(f"verifying {len(wb.sites)} sites …")
+        _say(f"verifying {count(len(wb.sites), 'site')} …")
         found = wb.verify(**inputs(wb, example))
     typer.echo(found.table.to_string(index=False))
     typer.echo(repr(found))

@@ -118,10 +118,15 @@ def _queries(after: AttentionCall, before: AttentionCall) -> tuple[int, ...] | N
 
 
 def _numbered(found: list[_Probe], call: AttentionCall, batch: int) -> bool:
-    """Whether keys and queries follow each other as the positions do, as far as single ones have moved."""
+    """Whether keys and queries follow each other as the positions do, as far as single ones have moved.
+
+    Learned queries move with no position, though they differ.
+    """
     n_keys = call.v.shape[2]
     if call.v.shape[0] != batch:
         return True
+    if call.q is not None and all(one.queries == () for one in found) and not bool((call.q == call.q[:, :, :1]).all()):
+        return False
     before: tuple[int, int] | None = None
     for length, j, keys, queries in found:
         if len(keys) != 1 or (queries is not None and len(queries) != 1):

@@ -123,7 +123,8 @@ def speaking(call: ModuleCall, length: int, batch: int) -> int | None:
     """Number of the first tensor of an output that has positions; others are weights, caches, logits of routers."""
     for i, t in enumerate(tensors(call.output)):
         flat = t.dim() == 2 and t.shape[0] == length * batch
-        of_keys = t.dim() == 4 and t.shape[-1] == length and length not in t.shape[:-1]  # which are elsewhere
+        beside = t.dim() == 4 or (t.dim() == 3 and i > 0)  # weights of heads, or their mean beside what they give
+        of_keys = beside and t.shape[-1] == length and length not in t.shape[:-1]  # which are elsewhere
         weights = of_keys and call.features != 1  # else it is an image
         if t.is_floating_point() and t.dim() >= 2 and (length in t.shape or flat) and not weights:
             return i

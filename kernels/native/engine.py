@@ -72,6 +72,8 @@ class NativeEngine:
             return f"it runs on the CPU, and the pattern is on {problem.device.type}"
         if problem.dtype != torch.float32:
             return "it computes in float32"
+        if problem.lse is not None and problem.lse.dtype != torch.float32:
+            return "its denominators are float32, too coarse for scores this large"
         mask = problem.mask
         if mask.additive and mask.tensor is not None and mask.tensor.dtype != torch.float32:
             return "it adds float32 masks only"

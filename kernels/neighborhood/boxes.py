@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import zip_longest
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -231,12 +232,15 @@ def _joined(seen: Tensor, sizes: Tensor, block: int, least: int) -> Tensor:
     blocks = list(range(len(volumes)))
     opened: list[int] = []  # the first box of each block with room
     taken: list[int] = []
-    rows = seen.float()
+    rows = [int.from_bytes(row.tobytes()) for row in np.packbits(seen.cpu().numpy(), axis=1)]  # a bit for each
     for box, volume in enumerate(volumes):
         if volume > room:
             continue
-        common = (rows[opened] @ rows[box]).tolist()
-        fits = [c if n + volume <= block else -1 for c, n in zip(common, taken, strict=True)]
+        mine = rows[box]
+        fits = [
+            (rows[other] & mine).bit_count() if n + volume <= block else -1
+            for other, n in zip(opened, taken, strict=True)
+        ]
         at = max(range(len(fits)), key=fits.__getitem__, default=None)
         if at is None or fits[at] < least:
             opened.append(box)
@@ -245,7 +249,7 @@ def _joined(seen: Tensor, sizes: Tensor, block: int, least: int) -> Tensor:
                 del opened[0], taken[0]
             continue
         first = blocks[box] = opened[at]
-        rows[first] = torch.maximum(rows[first], rows[box])
+        rows[first] |= mine
         taken[at] += volume
         if taken[at] > room:
             del opened[at], taken[at]

@@ -190,6 +190,29 @@ def test_an_interrupt_at_any_step_can_be_gone_on_from(
         torch.testing.assert_close(getattr(whole, each), getattr(atlas, each), rtol=0, atol=0, equal_nan=True)
 
 
+def test_of_equal_looks_the_first_stay_also_where_it_was_gone_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A corpus that says everything several times over: its windows are told apart by their place alone."""
+    corpus, path = _corpus(20 * LENGTH).view(20, LENGTH)[torch.arange(40) * 7 % 20].flatten(), tmp_path / "atlas"
+    whole = _atlas(corpus, n_examples=6, batch=4)
+    windows, weights = whole.places[..., 0], whole.weights
+    tied = (weights[:, 1:] == weights[:, :-1]) & (weights[:, 1:] >= 0)
+    assert tied.any()
+    assert (windows[:, 1:] > windows[:, :-1])[tied].all()
+    monkeypatch.setattr("workbench.analysis.corpus.run._SAVED_EVERY", 0.0)
+
+    def broken() -> Any:
+        yield corpus[: 17 * LENGTH]
+        raise KeyboardInterrupt
+
+    with pytest.raises(CorpusAtlasInterrupted):
+        _atlas(broken(), resume=path, n_examples=6, batch=4)
+    again = _atlas(corpus, resume=path, n_examples=6, batch=4)
+    for each in RESUMED:
+        torch.testing.assert_close(getattr(again, each), getattr(whole, each), rtol=0, atol=0, equal_nan=True)
+
+
 def test_bad_corpora(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="1 windows"):
         _atlas(_corpus(LENGTH + 3))

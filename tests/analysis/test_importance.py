@@ -148,6 +148,12 @@ def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
         head_importance(wb, images(), progress=False, **options)
 
 
+def test_a_model_without_heads_that_are_read_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with workbench.attach(model, check=False) as wb, pytest.raises(InterventionError, match="has no heads"):
+        head_importance(wb, [{"input": torch.ones(1, 2, 4)}], lambda y, batch: y[:, 0, 0], progress=False)
+
+
 def test_a_metric_without_a_gradient_is_told_before_the_sweep() -> None:
     model, ran = vit(), []
     model.register_forward_hook(lambda *_: ran.append(1))

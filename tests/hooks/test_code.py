@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import workbench
 import workbench.kernels.relative
@@ -106,6 +107,20 @@ class Inheriting(Functional):
         return super().forward(x) * 2
 
 
+class Renamed(Projections):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(sdpa(*self.split(x)))
+
+
+class Carrying(Projections):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.attend(*self.split(x)))
+
+
 class Swapped(nn.Module):
     """Its processor is exchanged for one that is no attention."""
 
@@ -119,7 +134,7 @@ class Swapped(nn.Module):
 
 MODULES = [
     WithProcessor(Processor()), WithProcessor(WrittenOutProcessor()), Functional(), AcrossMethods(), WithFunction(),
-    Inheriting(),
+    Inheriting(), Renamed(), Carrying(),
 ]  # fmt: skip
 
 
@@ -141,6 +156,9 @@ def test_what_is_no_attention_is_no_site() -> None:
     assert not calls_attention(Swapped())
     assert calls_attention(WithProcessor(Processor()))
     assert not calls_attention(WithProcessor(lambda module, x: x))  # the class is that of one that is
+    other = Carrying()
+    other.attend = torch.relu
+    assert not calls_attention(other)
     with pytest.raises(AttachError, match="no attention"):
         workbench.attach(nn.Sequential(Swapped()))
 

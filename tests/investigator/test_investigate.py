@@ -14,7 +14,7 @@ import torch
 
 import workbench
 from support.circuits import random_task, tiny
-from workbench import Investigation, Memory, TaskError, WorkbenchError, investigate
+from workbench import FileError, Investigation, Memory, TaskError, WorkbenchError, investigate
 from workbench.investigator import Finding, analyses, asking, manager, parse
 from workbench.investigator.analyses import NATS
 from workbench.investigator.budget import Budget, Meter
@@ -444,6 +444,28 @@ def test_the_nearest_question_is_that_of_the_highest_cosine(found: Investigation
     assert near is not None
     assert near.asked == max(several, key=by_hand) == "How does M do induction?"
     assert cosine == pytest.approx(by_hand(near.asked))
+
+
+def test_a_memory_of_several_processes_keeps_what_each_adds(found: Investigation, tmp_path: Path) -> None:
+    several = [Memory(tmp_path), Memory(tmp_path)]
+    for number, one in enumerate(several):
+        one.add(replace(manager._remembered(found, ("task", str(number), "weights")), file=""))
+    assert [len(one) for one in (*several, Memory(tmp_path))] == [1, 2, 2]
+
+
+def test_an_investigation_outlives_a_memory_that_cannot_be_written(
+    mover: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileError, match="cannot be written"):
+        run(mover, resume=tmp_path / "file", forwards=40)
+
+    def full(*_: Any) -> None:
+        raise FileError("no room")
+
+    monkeypatch.setattr(Memory, "add", full)
+    with pytest.warns(UserWarning, match="is not remembered: no room"):
+        assert run(mover, memory=tmp_path, forwards=40).findings
 
 
 def test_a_damaged_memory_is_refused(tmp_path: Path) -> None:

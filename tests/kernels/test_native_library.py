@@ -18,10 +18,15 @@ from workbench.kernels.statistics import Options
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The bytes of a whole library."""
+    """The bytes of a whole library, which is built once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("made")))
-        return build._compiled().read_bytes()
+        first = build._compiled()
+        stamp = first.stat().st_mtime_ns
+        assert build._compiled() == first
+        assert first.stat().st_mtime_ns == stamp
+        assert [path.name for path in first.parent.iterdir()] == [first.name]
+        return first.read_bytes()
 
 
 @pytest.fixture

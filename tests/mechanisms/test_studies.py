@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,20 @@ def random(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@cache
+def trained(name: str, arm: str) -> studies.Studied:
+    """A form after a few steps, which leave the state of random numbers as it was."""
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    found = studies.run(studies.study(name), arm, seed=3, quick=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    return found
+
+
 @pytest.mark.parametrize(("name", "arm"), FORMS)
 def test_every_form_is_trained_scored_kept_and_the_same_every_time(name: str, arm: str, tmp_path: Path) -> None:
     one = studies.study(name)
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    found = studies.run(one, arm, seed=3, quick=True)
-    assert torch.equal(torch.get_rng_state(), before)
+    found = trained(name, arm)
     assert found.arm == arm
     assert not found.model.training
     untrained = dict(one.built(arm, 3).named_parameters())
@@ -163,7 +171,7 @@ def test_steps_of_a_spiking_model_are_changed_everywhere() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_a_study_shows_is_drawn(name: str) -> None:
-    seen = see_study(studies.run(studies.study(name), quick=True))
+    seen = see_study(trained(name, studies.study(name).main))
     views = [view for each in seen.exhibits for view in all_of(each)]
     titles = [view.spec.title for view in views]
     assert titles[-1] == "Training"
@@ -173,7 +181,7 @@ def test_what_a_study_shows_is_drawn(name: str) -> None:
 
 def test_gates_are_left_out_of_the_maps_of_heads_and_named() -> None:
     """Their maps are diagonals; attention that stands beside them is drawn."""
-    seen = see_study(studies.run(studies.study("control_aided"), quick=True))
+    seen = see_study(trained("control_aided", studies.study("control_aided").main))
     room = mechanisms.Room("control_aided", mechanisms.get("control_aided"), (), study=seen)
     maps = next(view for view in all_of(room) if view.spec.title == "Every head, driving")
     attention = [site for site in seen.capture.sites if site.kind != "gate"]

@@ -21,9 +21,12 @@ from workbench.analysis.circuits import mib
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
+from workbench.analysis.corpus.headvis import read_headvis
+from workbench.capture.store.writing import open_writer
 from workbench.errors import FileError, FormatError, ReportError, WorkbenchError
 from workbench.report.check import check
 from workbench.storage import disk, files
+from workbench.storage.resumable import file_of
 from workbench.views import token_strip
 
 Write = Callable[[Path], Any]
@@ -190,10 +193,86 @@ def test_a_wrong_path_is_one_error(writers: dict[str, Write], name: str, path: s
 
 @pytest.mark.parametrize("path", [None, 5, b"file", "x" * 5000, "a\x00b"], ids=repr)
 def test_what_no_path_is_is_not_read(path: Any) -> None:
+    with pytest.raises(FormatError):
+        read_headvis(path)
+    settings: Any = None
+    if not isinstance(path, str):
+        with pytest.raises(WorkbenchError, match="is no path"):
+            workbench.models.load(path)
+        with pytest.raises(FileError, match="is no path"), open_writer(path, settings, {}, {}):
+            pass
     with pytest.raises(FormatError, match=r"is no path|cannot be read|there is no file"):
         workbench.load_capture(path)
     with pytest.raises(FileError, match=r"is no path|cannot be written"):
         disk.write(path, "x")
+
+
+@pytest.mark.parametrize(
+    "path", [None, 5, b"file", "x" * 5000, "a\x00b", "\ud800", "no/such/folder", "file/x"], ids=repr
+)
+def test_where_nothing_can_be_kept_is_said_before_the_work(
+    path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    for door in (disk.folder, file_of):
+        if path is not None or door is disk.folder:
+            with pytest.raises(FileError, match=r"is no path|cannot be written|there is no folder"):
+                door(path)
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+    assert file_of(None) is None
+
+
+def test_another_writer_in_the_folder_leaves_what_is_about_to_get_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(source: Path, target: Path, last: Callable[..., None] = os.replace) -> None:
+        monkeypatch.setattr(os, "replace", last)
+        disk.write(tmp_path / "theirs", "x")
+        last(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    disk.write(tmp_path / "ours", "y")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(n: int) -> Path:
+        return files.write(tmp_path / "file", "workbench.test", {"n": n}, {"a": torch.full((n,), n)})
+
+    def told(*args: Any, last: Callable[..., Any] = files._told) -> Any:
+        found = last(*args)
+        write(3)
+        return found
+
+    write(2000)
+    monkeypatch.setattr(files, "_told", told)
+    header, tensors = files.read(tmp_path / "file", "workbench.test")
+    assert header["n"].integer() == 2000
+    assert tensors["a"].tolist() == [2000] * 2000
+
+
+@posix
+def test_a_pipe_is_not_waited_for_and_a_device_not_read_to_its_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(FormatError, match="cannot be read: it is no file"):
+            Circuit.from_mib(tmp_path / name)
+
+
+@posix
+@pytest.mark.parametrize(
+    "read", [workbench.load_capture, workbench.Investigation.load, workbench.Memory, workbench.models.load], ids=str
+)
+def test_a_folder_that_is_closed_is_one_error(
+    read: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # who is root may read all
+    with pytest.raises(WorkbenchError, match=r"Permission denied|closed to you"):
+        read(tmp_path)
 
 
 def test_a_header_says_no_more_than_safetensors(tmp_path: Path) -> None:

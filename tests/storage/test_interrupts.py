@@ -39,6 +39,7 @@ def test_an_interrupt_at_any_call_of_a_read_stays_one(tmp_path: Path) -> None:
 
 def test_tensors_that_are_read_have_storages_of_their_own(tmp_path: Path) -> None:
     held = {"a": torch.arange(5.0), "b": torch.ones(3, dtype=torch.bool), "c": torch.zeros(0, 4), "d": torch.tensor(2)}
+    held["__metadata__"] = torch.ones(1)  # what safetensors call something else
     _, read = files.read(files.write(tmp_path / "a.safetensors", "a.form", {}, held), "a.form")
     for name, tensor in held.items():
         assert read[name].dtype == tensor.dtype

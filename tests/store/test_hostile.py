@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import workbench
-from workbench import FormatError
+from workbench import FileError, FormatError
 
 FACTS, JOURNAL = "shape-0/facts.json", "forwards.jsonl"
 
@@ -125,3 +125,59 @@ def test_a_damaged_table_is_made_anew(path: Path, name: str) -> None:
     import pandas as pd
 
     assert sorted(set(pd.read_parquet(folder).forward)) == [0, 1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices in a folder")
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", [JOURNAL, FACTS, "shape-0/self/entropy/c.0.0.0.0.0", "tables/heads/000000.parquet"])
+def test_what_is_no_file_is_neither_waited_for_nor_read_to_its_end(path: Path, name: str, kind: str) -> None:
+    (path / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(path / name)
+    else:
+        (path / name).symlink_to("/dev/zero")
+    read = name.startswith("shape-0/self")
+    with pytest.raises((FormatError, FileError), match=r"it is no file|damaged"):
+        _ = workbench.load_capture(path).calls[0][1].entropy.sum() if read else _go_on(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need no rights")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shape-0/self/entropy/c.1.0.0.0.0", ".zarr.json.draft", "tables/heads/.draft", ".lock", JOURNAL, "shape-0",
+        "shape-0/self", "shape-0/self/entropy", "tables", "tables/heads",
+    ],
+)  # fmt: skip
+def test_nothing_is_written_where_a_link_leads(path: Path, name: str, tmp_path: Path) -> None:
+    place, elsewhere = path / name, tmp_path / "elsewhere"
+    if place.exists():
+        place.rename(elsewhere)
+    else:
+        elsewhere.write_text("theirs")
+    place.symlink_to(elsewhere)
+    inside = [one for one in (elsewhere, *elsewhere.rglob("*")) if one.is_file()]
+    before = {one: one.read_bytes() for one in inside}
+    with pytest.raises(FileError, match="link"):
+        _go_on(path)
+    assert {one: one.read_bytes() for one in [elsewhere, *elsewhere.rglob("*")] if one.is_file()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_leaves_the_store_to_its_own(tmp_path: Path) -> None:
+    """Both would write the same rows, and the journal would tell of each twice."""
+    model, path = _model(), tmp_path / "a"
+    with workbench.attach(model) as wb, torch.no_grad():
+        with wb.capture(("entropy",), store=path):
+            model(torch.randn(2, 5, 16))
+            child = os.fork()
+            if not child:
+                try:
+                    model(torch.randn(2, 5, 16))
+                except FileError as error:
+                    os._exit(7 if "forked from" in str(error) else 1)
+                os._exit(2)
+            _, ended = os.waitpid(child, 0)
+            model(torch.randn(2, 6, 16))
+        assert os.waitstatus_to_exitcode(ended) == 7
+    assert [call[1].shape[2] for call in workbench.load_capture(path).calls] == [5, 6]

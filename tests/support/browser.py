@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Locator, Page, Playwright
 from support.patience import PATIENCE
 
 # What --disable-gpu and --no-sandbox are for: machines without a screen, and root in a container. The others stop
-# Chromium's own traffic, so that a request on the record comes from the page.
+# Chromium's own traffic, so that a request on the record comes from the page. Pages of one context share a process.
 ARGUMENTS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -22,6 +22,7 @@ ARGUMENTS = (
     "--disable-sync",
     "--disable-quic",
     "--no-first-run",
+    "--renderer-process-limit=1",
 )
 _LOCAL = ("file:", "data:", "blob:", "about:")
 

@@ -20,17 +20,19 @@ class Held(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.most = 0
-        self._held: list[tuple[StorageWeakRef, int]] = []
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}  # a reference keeps an address from being used again
+        self._bytes = 0  # with those that have gone since they were last looked through
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
-        self._held = [(ref, size) for ref, size in self._held if not ref.expired()]
-        known = {ref.cdata for ref, _ in self._held}
         for tensor in tensors(made):
             storage = tensor.untyped_storage()
             ref = StorageWeakRef(storage)
-            if ref.cdata not in known:
-                known.add(ref.cdata)
-                self._held.append((ref, storage.nbytes()))
-        self.most = max(self.most, sum(size for _, size in self._held))
+            if ref.cdata not in self._held:
+                self._held[ref.cdata] = ref, storage.nbytes()
+                self._bytes += storage.nbytes()
+        if self._bytes > self.most:
+            self._held = {at: (ref, size) for at, (ref, size) in self._held.items() if not ref.expired()}
+            self._bytes = sum(size for _, size in self._held.values())
+            self.most = max(self.most, self._bytes)
         return made

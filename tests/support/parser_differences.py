@@ -82,6 +82,25 @@ _TEXTS: dict[str, Callable[[str], str]] = {
     "end tag with attributes": run(f"</p title='>{SCRIPT}'>"),
     "tag without an end": inserted("<img src='https://x.y/z.png' "),
     "attribute without an end": inserted("<img src='https://x.y/?"),
+    "characters as they are, in a formula's style": run(
+        f"<math><mtext><table><mglyph><style><![CDATA[</style>{SCRIPT}]]></style></table></mtext></math>"
+    ),
+    "characters as they are, with a comment in them": run(f"<![CDATA[<!--]]>{SCRIPT}-->"),
+    "comment that a bang ends, before another": run(f"<!--x--!>{SCRIPT}<!-- -->"),
+    "comment that its own beginning does not open again": run(f"<!-- <!-- --> {SCRIPT} -->"),
+    "button of a select": run(f"<select><button>{SCRIPT}</button></select>"),
+    "select in a select": run(f"<select><select>{SCRIPT}"),
+    "end tag that closes itself": run(f"<script>0</script/>{SCRIPT}", "0"),
+    "end tag with a form feed": run(f"<script>{EVIL}</script\f>"),
+    "textarea that a form feed ends": run(f"<textarea>\n</textarea \f>{SCRIPT}"),
+    "title in HTML in a drawing": run(f"<svg><foreignObject><title><svg></title>{SCRIPT}"),
+    "template of a table's row": run(f"<table><template><tr></template>{SCRIPT}</table>"),
+    "formula with HTML, in capitals": run(
+        f"<math><annotation-xml encoding='TEXT/HTML'>{SCRIPT}</annotation-xml></math>"
+    ),
+    "formula that a font with a face ends": run(f"<math><font face=x>{SCRIPT}</font></math>"),
+    "end tags that begin something": run(f"</br></p>{SCRIPT}"),
+    "server's instructions": run(f"<% > {SCRIPT} %>"),
     "a second body": inserted("<body onload=x()>"),
     "a second root": inserted("<html onclick=x()>"),
     "frames in place of a body": inserted("<frameset onload=x()><frame src='https://x.y/'></frameset>", "<body>"),
@@ -156,6 +175,9 @@ _NAMES: dict[str, Callable[[str], str]] = {
     "data of a file": replaced('json" id="words"', 'json" src="https://x.y/z.json" id="words"'),
     "data of a type in capitals": replaced('<script type="application/json" id="words"',
                                            '<script type="Application/JSON" id="words"'),
+    "data in another order": lambda p: re.sub(
+        r'(<script [^>]* id="words".*?</script>\n)(<script [^>]* id="provenance".*?</script>\n)', r"\2\1", p, count=1
+    ),
     "data of two names": replaced('id="words"', 'id="words" id="x"'),
     "data by single quotes": replaced('id="words"', "id='words'"),
     "data that are a module": replaced('<script type="application/json" id="words"', '<script type=module id="words"'),

@@ -7,6 +7,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from workbench.views import attention_pattern
+from workbench.views import Selection, View, attention_pattern, token_strip, what_if
 from workbench.views.base import drawing, scales
 from workbench.views.base.few_colours import few_colours
+from workbench.views.base.stills import Stills
 
 MAKER = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "make_notebooks.py"))
 
@@ -99,3 +101,14 @@ def test_the_places_of_another_theme_are_those_that_a_picture_finds_alone() -> N
         figure.subplots().set_ylabel("one alone")
 
     assert png(other, "dark", places) == png(other, "dark")
+
+
+@pytest.mark.parametrize(
+    ("view", "follows"), [(what_if(), False), (token_strip(["a"], [1.0]), True)], ids=["no", "yes"]
+)
+def test_a_picture_is_drawn_anew_only_where_it_shows_what_is_selected(view: View, follows: bool) -> None:
+    shell = SimpleNamespace(events=SimpleNamespace(register=lambda *_: None))
+    view._stills = Stills(shell, view._bundle)
+    view._bundle("one")
+    view._followed(Selection(token=0))
+    assert view._stills._outdated == follows

@@ -19,6 +19,7 @@ from workbench.capture.site_capture import Forward, SiteCapture, pack
 from workbench.capture.tables import tidy
 from workbench.capture.transformer_lens import Cache
 from workbench.capture.unrecorded import Unrecorded
+from workbench.counting import count
 from workbench.errors import CaptureError, expect, nearest
 from workbench.hooks.sites import Site, Sites, all_here
 from workbench.kernels.patterns import DENSE_LIMIT
@@ -373,20 +374,16 @@ class Capture:
         lengths = {c.shape for f in self._forwards for c in f.sites.values()}
         shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")
         n_unread = len(self.model_sites.unread)
-        unread = f", {_counted(n_unread, 'mixer')} unread" if n_unread else ""
+        unread = f", {count(n_unread, 'mixer')} unread" if n_unread else ""
         if self.model_sites.looked is False:
             unread += ", others not looked for"
         here = next((f", {site.elsewhere}" for site in self.sites if site.elsewhere), "")
         if self.unrecorded:
-            unread += f", {_counted(sum(one.calls for one in self.unrecorded.values()), 'call')} not recorded"
+            unread += f", {count(sum(one.calls for one in self.unrecorded.values()), 'call')} not recorded"
         packed = sum(f.packed is not None for f in self._forwards)
         of_rows = f", {packed} of them sequences of packed rows" if packed else ""
         return (
-            f"Capture({name}: {_counted(len(self._forwards), 'forward')}{of_rows}, "
-            f"{_counted(len(self.sites), 'site')}{unread}{here}, [batch, head, query, key] {shapes}; "
+            f"Capture({name}: {count(len(self._forwards), 'forward')}{of_rows}, "
+            f"{count(len(self.sites), 'site')}{unread}{here}, [batch, head, query, key] {shapes}; "
             f"{', '.join(self.statistics)}; {self.nbytes / 2**20:.1f} MiB)"
         )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from workbench.counting import count
 from workbench.errors import WorkbenchError
 
 
@@ -27,7 +28,7 @@ class Unrecorded:
         return replace(self, calls=self.calls + 1)
 
     def __str__(self) -> str:
-        what = f"{self.calls} call{'s' if self.calls > 1 else ''}" if self.site else "inputs"
+        what = count(self.calls, "call") if self.site else "inputs"
         return f"{what} not recorded: {self.reason}"
 
 

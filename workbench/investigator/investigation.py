@@ -14,7 +14,7 @@ from workbench.analysis.circuits.overlap_result import CircuitOverlap
 from workbench.analysis.circuits.repair import Repair
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.analysis.importance import HeadImportance
-from workbench.errors import FileError, FormatError
+from workbench.errors import FormatError
 from workbench.investigator.findings import Finding, Planned, Sentence
 from workbench.investigator.plan import ANALYSES, parse
 from workbench.investigator.verdict import standing, verdict_of
@@ -119,11 +119,7 @@ class Investigation:
         Raises:
             FileError: the folder cannot be made or written.
         """
-        path = Path(folder)
-        try:
-            path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise FileError(f"the folder {path} cannot be made: {error.strerror}", hint="make it first") from None
+        path = disk.folder(folder)
         for finding in self.findings[since:]:
             for name, result in finding.results.items():
                 result.save(path / _file_of(finding.number, name))
@@ -151,10 +147,10 @@ class Investigation:
         Raises:
             FormatError: there is none, or it is damaged, or a result of it is missing.
         """
-        path = Path(folder)
+        path = disk.readable(folder)
         if not (path / FILE).is_file():
             raise FormatError(f"there is no investigation in {path}", hint="the folder that resume= or save() wrote")
-        told = read_json((path / FILE).read_bytes(), FILE)
+        told = read_json(disk.content(path / FILE), FILE)
         if told["version"].integer() != _VERSION:
             raise FormatError(f"{FILE} is of another version", hint="investigate again")
         findings = tuple(_finding(part, i, path) for i, part in enumerate(told["findings"].list()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from workbench.errors import FormatError, WorkbenchError, expect
+from workbench.errors import FileError, FormatError, WorkbenchError, expect
 from workbench.inputs import decoder_start, device_for_inputs
 from workbench.investigator.analyses import RUNS, baseline
 from workbench.investigator.asking import Asked, Planner
@@ -27,6 +28,7 @@ from workbench.investigator.plan import Plan, Step
 from workbench.investigator.subject import Found, Subject, check_tasks, places_of
 from workbench.investigator.verdict import verdict_of
 from workbench.session.workbench import Workbench
+from workbench.storage import disk
 from workbench.storage.json_text import finite
 from workbench.storage.provenance import describe
 from workbench.sweep.inputs import digest
@@ -87,19 +89,24 @@ def investigate(
     Raises:
         TaskError: a task, or one of `known`, that is none or has fewer than eight prompts; `known` has the task itself,
             or one twice; answers that this tokenizer does not know.
-        WorkbenchError: a budget of nothing, no folder for the memory.
+        WorkbenchError: a budget of nothing, no folder for the memory. FileError: nothing can be written to a folder.
         FormatError: the folder holds an investigation of another model, task or settings, or a damaged one.
         InvestigationInterrupted: on Ctrl-C, with what is done.
+
+    Warns:
+        UserWarning: the memory cannot be written any more when the investigation ends.
     """
     expect(Workbench, wb=wb)
     expect(Task, task=task)
     began, budget = time.monotonic(), Budget(forwards, minutes)
     check_tasks(task, known)
     remembering = memory if isinstance(memory, Memory) or memory is None else Memory(memory)
+    if remembering is not None and remembering.folder is not None:
+        disk.folder(remembering.folder)  # an error, before minutes go by
     wb.check_ready()
     identity = _identity(wb, task, known, planner, budget, places, proactive, batch_size, seed)
     key = (task.name, identity["prompts"], identity["weights"])
-    folder = None if resume is None else Path(resume)
+    folder = None if resume is None else disk.folder(resume)
     now = _begin(wb, task, folder, identity, budget, remembering, key)
     circuits = {} if remembering is None else remembering.circuits(key)
     subject = Subject(
@@ -123,7 +130,10 @@ def investigate(
         run.now = replace(run.now, own_seconds=own_before + own)
         run.keep()
         if remembering is not None:
-            remembering.add(_remembered(run.now, key), run.now.circuit)
+            try:
+                remembering.add(_remembered(run.now, key), run.now.circuit)
+            except FileError as error:  # what was found is worth more than that it is remembered
+                warnings.warn(f"the investigation is not remembered: {error.message}", stacklevel=2)
     return run.now
 
 
@@ -139,8 +149,6 @@ def _begin(
                 f"the investigation in {folder} is of another {', '.join(odd)}", hint="give another folder"
             )
         return held
-    if folder is not None and not folder.parent.is_dir():
-        raise WorkbenchError(f"there is no folder {folder.parent}", hint="make the folder first")
     model = describe(wb.model)["model_name"]
     question = f"How does {model} do {task.name}?"
     before = None if memory is None else memory.asked_before(key)

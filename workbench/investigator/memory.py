@@ -59,14 +59,17 @@ class Memory:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else disk.readable(folder)
         self.all: list[Remembered] = []
         if self.folder is not None:
             if not self.folder.is_dir():
                 raise WorkbenchError(f"there is no folder {self.folder}", hint="make the folder first")
-            file = self.folder / _FILE
-            if file.is_file():
-                self.all = [_read(part) for part in parse(file.read_bytes(), _FILE).list(_MOST)]
+            self.all = self._kept(self.folder)
+
+    @staticmethod
+    def _kept(folder: Path) -> list[Remembered]:
+        file = folder / _FILE
+        return [_read(part) for part in parse(disk.content(file), _FILE).list(_MOST)] if file.is_file() else []
 
     def __len__(self) -> int:
         return len(self.all)
@@ -99,6 +102,8 @@ class Memory:
 
     def add(self, one: Remembered, circuit: Circuit | None = None) -> None:
         """Remember an investigation, in the place of an earlier one of the same question; the oldest are forgotten."""
+        if self.folder is not None:
+            self.all = self._kept(self.folder)  # with what other processes have added
         others = [old for old in self.all if old.key != one.key][-(_MOST - 1) :]
         if self.folder is not None and circuit is not None:
             name = f"circuit-{one.weights[:12]}-{one.prompts[:12]}.safetensors"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import WorkbenchError, nearest
+from workbench.storage.disk import as_path
 
 if TYPE_CHECKING:
     import torch
@@ -86,8 +88,10 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
         import torch
 
         return _load_from(_SHIPPED / name, dtype=torch.float32, use_safetensors=True)
-    folder = Path(name)
+    folder = as_path(name, ModelError)
     if _is_folder(folder):
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise ModelError(f"the folder {str(folder)!r} is closed to you", hint="check who may read it")
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"the folder {str(folder)!r} has no config.json, so it is not a Hugging Face model",

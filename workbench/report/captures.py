@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workbench import views
+from workbench.counting import count
 from workbench.errors import ReportError, WorkbenchError
 from workbench.report import verdict
 from workbench.report.sections import Section, Table
 from workbench.tokens import visible, visible_text
-from workbench.views.base.counting import count
 from workbench.views.base.spec import ViewSpec
 from workbench.views.results.recurrences import recurrences
 

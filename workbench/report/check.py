@@ -18,7 +18,7 @@ from typing import Any
 from workbench import __version__
 from workbench.errors import ReportError
 from workbench.report.form import FORM
-from workbench.storage.disk import readable
+from workbench.storage import disk
 from workbench.storage.json_text import digest, json_for_html
 from workbench.storage.parts import loads
 from workbench.views.base import page
@@ -51,7 +51,7 @@ def check(path: str | Path, *, limit_bytes: int = LIMIT_BYTES) -> list[str]:
     Raises:
         ReportError: there is no such file, or it cannot be read.
     """
-    file = readable(path)
+    file = disk.readable(path)
     if not file.is_file():
         what = f"{file} is a folder, and no page" if file.is_dir() else f"there is no file {file}"
         raise ReportError(what, hint="pass a page written by Report(...).write(path)")
@@ -59,7 +59,7 @@ def check(path: str | Path, *, limit_bytes: int = LIMIT_BYTES) -> list[str]:
         size = file.stat().st_size
         if size > limit_bytes:
             return [f"the file has {size:,} bytes, the limit is {limit_bytes:,}"]
-        content = file.read_bytes()
+        content = disk.content(file)
     except OSError as error:
         raise ReportError(f"{file} cannot be read: {error.strerror}") from None
     try:
@@ -120,8 +120,8 @@ def _made_anew(texts: dict[str, str], *, minified: bool) -> str | list[str]:
         if json_for_html(values[name]) != text:
             return [f"the data block {name} is not written as this package writes JSON"]
     views = [name for name in texts if name not in (page.WORDS, page.PROVENANCE)]
-    if views != [f"view-{i}" for i in range(len(views))]:
-        return [f"the page has data of other views than its own: {', '.join(views)[:_SHOWN]}"]
+    if list(texts) != [*(f"view-{i}" for i in range(len(views))), page.WORDS, page.PROVENANCE]:
+        return [f"the page has data of other views than its own, or in another order: {', '.join(texts)[:_SHOWN]}"]
     try:
         for name in views:
             check_static(values[name])

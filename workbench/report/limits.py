@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from workbench.counting import count, numbered
 from workbench.report.sections import TABLE_ROWS, Section
 from workbench.tokens import visible_text
-from workbench.views.base.counting import count
 
 
 def limits(sections: Sequence[Section]) -> list[str]:
@@ -34,6 +34,5 @@ def limits(sections: Sequence[Section]) -> list[str]:
             for each in said:
                 of_figures.setdefault(each, []).append(number)
     for said_once, numbers in of_figures.items():
-        which = f"Figure{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-        found.append(f"{which}: {said_once}")
+        found.append(f"{numbered('Figure', numbers)}: {said_once}")
     return found

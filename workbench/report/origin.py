@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from workbench.counting import numbered
 from workbench.report.sections import Section, flat
 from workbench.storage.json_text import finite
 from workbench.storage.provenance import command_line, commit, now, repeatable, versions
@@ -75,7 +76,7 @@ def shown(block: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     groups.append(("Software", flat(software)))
     for source in block["sources"]:
         numbers = source["sections"]
-        which = f"Section{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+        which = numbered("Section", numbers)
         # The versions of this run stand above already.
         facts = {k: v for k, v in source["facts"].items() if k != "versions" or v != block["software"]["versions"]}
         groups.append((which, flat(facts)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
+from workbench.counting import count
 from workbench.errors import ReportError
 from workbench.report import captures, limits, origin
 from workbench.report.form import FORM
@@ -185,7 +186,7 @@ class Report:
             for entry in self._entries
             for _ in (entry.thing if isinstance(entry.thing, tuple) else (None,))
         ]
-        listed = [f"{n} {kind}{'' if n == 1 else 's'}" for kind in dict.fromkeys(kinds) if (n := kinds.count(kind))]
+        listed = [count(kinds.count(kind), kind) for kind in dict.fromkeys(kinds)]
         return f"Report({title}, {', '.join(listed)})"
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from workbench.counting import count
 from workbench.tokens import visible_text
-from workbench.views.base.counting import count
 from workbench.views.base.spec import ViewSpec
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from workbench.counting import count
 from workbench.report.sections import Table
 from workbench.tokens import visible, visible_text
-from workbench.views.base.counting import count
 
 
 def verdict(found: Any) -> dict[str, Any]:

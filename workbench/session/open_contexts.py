@@ -211,7 +211,7 @@ class OpenContexts(Listener):
         return [one.edit for one in self._edits if one.is_here and one not in hidden]
 
     def _tell_edits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        edits = [edit for edit in self._mine() if isinstance(edit, Edit)]
+        edits = self._mine()
         named = _named(self.model, args, kwargs) if edits else {}
         for edit in edits:
             edit.on_inputs(named)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from workbench.capture.capture import Capture
 from workbench.capture.settings import Settings
 from workbench.capture.store.writing import StoreWriter, open_writer
+from workbench.counting import count
 from workbench.errors import AttachError, CaptureError, expect
 from workbench.hooks.compiled.doors import Doors, eager_door
 from workbench.hooks.compiled.regions import check_not_compiled, find_regions, uncompiled
@@ -382,4 +383,6 @@ class Workbench(Interventions):
     def __repr__(self) -> str:
         state = "" if self._open else ", detached"
         heads = sum(site.n_heads or 0 for site in self.sites)
-        return f"Workbench({type(self._inner).__name__}: {len(self.sites)} sites, {heads} heads{state})"
+        return (
+            f"Workbench({type(self._inner).__name__}: {count(len(self.sites), 'site')}, {count(heads, 'head')}{state})"
+        )

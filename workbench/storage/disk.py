@@ -10,8 +10,9 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from workbench.errors import FileError, FormatError
+from workbench.errors import FileError, FormatError, WorkbenchError
 
 try:
     import fcntl
@@ -27,7 +28,19 @@ _HINTS = {
     errno.EACCES: "write to a folder that you may write to",
     errno.EPERM: "write to a folder that you may write to",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the link: what it leads to stays as it is",
 }
+# Of what is no file, opening it does not wait, as a pipe would have it.
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+def as_path(path: Any, error: type[WorkbenchError] = FileError) -> Path:
+    """The path that was given, or an error of that class where it is none."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise error(f"{path!r} is no path", hint="pass a str or a pathlib.Path") from None
 
 
 def writable(path: str | Path) -> Path:
@@ -38,7 +51,7 @@ def writable(path: str | Path) -> Path:
             no file.
     """
     try:
-        target = Path(path)
+        target = as_path(path)
         with suppress(FileNotFoundError, NotADirectoryError):
             target.lstat()  # names what is wrong with a path, which the questions below would only answer with no
         if target.is_symlink():
@@ -55,8 +68,6 @@ def writable(path: str | Path) -> Path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError) as error:  # too long, or with characters that no path may have
         raise failed(path, error) from None
-    except TypeError:
-        raise FileError(f"{path!r} is no path", hint="pass a str or a pathlib.Path") from None
     return target
 
 
@@ -76,6 +87,23 @@ def tried(path: str | Path) -> Path:
     return target
 
 
+def folder(path: str | Path) -> Path:
+    """A folder to write files into, made if it is missing.
+
+    Raises:
+        FileError: it cannot be made, there is no folder to make it in, or no file can be made in it.
+    """
+    try:
+        target = as_path(path)
+        if not target.parent.is_dir():
+            raise FileError(f"there is no folder {target.parent}", hint="make the folder first")
+        target.mkdir(exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise failed(path, error) from None
+    tried(target / "file")
+    return target
+
+
 def readable(path: str | Path) -> Path:
     """The path of something to be read, which may not be there.
 
@@ -83,15 +111,64 @@ def readable(path: str | Path) -> Path:
         FormatError: it is no path, or one that no file can have.
     """
     try:
-        target = Path(path)
-        target.exists()
-    except TypeError:
-        raise FormatError(f"{path!r} is no path", hint="pass a str or a pathlib.Path") from None
+        target = as_path(path, FormatError)
+        if target.is_dir() and not os.access(target, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError) as error:
         raise FormatError(
             f"{str(path)[:100]!r} cannot be read: {getattr(error, 'strerror', error)}", hint="check the path"
         ) from None
     return target
+
+
+def plain(path: str | Path, flags: int) -> int:
+    """An opener, for `open` and itself: of files alone, which pipes and devices are not; through no link to write.
+
+    Folders may come from strangers: a pipe in one would wait for ever, a device never end, a link lead elsewhere.
+
+    Raises:
+        OSError: it cannot be opened so.
+    """
+    written = flags & (os.O_WRONLY | os.O_RDWR)
+    descriptor = os.open(path, flags | _AT_ONCE | (_NO_LINK if written else 0), 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file")
+    return descriptor
+
+
+def content(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+    """
+    with open(path, "rb", opener=plain) as file:
+        return file.read()
+
+
+def text(path: Path) -> str:
+    """What a file of UTF-8 holds, each of its lines ended by a newline.
+
+    Raises:
+        OSError: as `content`. UnicodeDecodeError: it is no UTF-8.
+    """
+    with open(path, encoding="utf-8", opener=plain) as file:
+        return file.read()
+
+
+def inside(folder: Path, *names: str) -> Path:
+    """A folder in a folder, and so on, each made where it is missing.
+
+    Raises:
+        OSError: one cannot be made, or is a link, which may lead elsewhere.
+    """
+    for name in names:
+        folder /= name
+        folder.mkdir(exist_ok=True)
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, f"{name} in it is a link")
+    return folder
 
 
 def write(path: str | Path, content: str | bytes | Iterable[bytes | memoryview]) -> Path:
@@ -113,8 +190,9 @@ def write(path: str | Path, content: str | bytes | Iterable[bytes | memoryview])
     try:
         _sweep(target.parent)
         name, descriptor = _unfinished(target.parent)
+        held = fcntl is not None  # the lock, until the file has its name: without it another process would sweep it
         try:
-            with open(descriptor, "wb") as file:  # closed before it is removed, as some systems want it
+            with open(descriptor, "wb", closefd=not held) as file:
                 for piece in pieces:
                     file.write(piece)
                 file.flush()
@@ -124,6 +202,8 @@ def write(path: str | Path, content: str | bytes | Iterable[bytes | memoryview])
             os.replace(name, target)
         finally:
             name.unlink(missing_ok=True)
+            if held:
+                os.close(descriptor)
     except OSError as error:
         raise failed(path, error) from error
     _flush_folder(target.parent)

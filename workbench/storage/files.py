@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -62,14 +64,13 @@ def read(path: str | Path, form: str) -> tuple[Part, dict[str, Tensor]]:
         FormatError: no such file, not of this form, truncated, changed since it was written, or of another version.
     """
     path = disk.readable(path)
-    metadata, spans = _told(path)
+    metadata, named = _opened(path)
     if metadata.get("format") != form:
         if own := re.fullmatch(r"workbench\.\w{1,60}", metadata.get("format", ""), re.ASCII):
             raise FormatError(
                 f"{path.name} is not a {form} file, but a {own[0]} file", hint="load it with the class that saved it"
             )
         raise FormatError(f"{path.name} is not a {form} file", hint="it was not written by this package")
-    named = _tensors(path, spans)
     text = metadata.get("header", "")
     if _digest(text, named) != metadata.get("sha256"):
         raise FormatError(f"{path.name} was changed after it was written", hint="its digest does not fit its content")
@@ -114,20 +115,26 @@ class _Span:
     shape: tuple[int, ...]
 
 
-def _told(path: Path) -> tuple[dict[str, str], dict[str, _Span]]:
-    """What a file says of itself and of its tensors, once that is seen to fit its size."""
-    foreign = f"{path.name} is truncated or not a safetensors file"
+def _opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a file says of itself, and its tensors: opened once, for another may have its name a moment later."""
     if not path.is_file():
         raise FormatError(f"{path} is a folder, and no file" if path.is_dir() else f"there is no file {path}")
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(_LENGTH), "little")
-            rest = path.stat().st_size - _LENGTH - length
-            if length > _MOST_HEADER or rest < 0:
-                raise FormatError(foreign)
-            raw = file.read(length)
-    except OSError as error:
-        raise FormatError(f"{path.name} cannot be read: {error.strerror}") from None
+        with open(path, "rb", opener=disk.plain) as file:
+            metadata, spans = _told(file, path)
+            return metadata, _tensors(file, spans)
+    except (OSError, ValueError) as error:  # a ValueError where it is cut short at this moment
+        raise FormatError(f"{path.name} cannot be read: {getattr(error, 'strerror', error)}") from None
+
+
+def _told(file: BinaryIO, path: Path) -> tuple[dict[str, str], dict[str, _Span]]:
+    """What a file says of itself and of its tensors, once that is seen to fit its size."""
+    foreign = f"{path.name} is truncated or not a safetensors file"
+    length = int.from_bytes(file.read(_LENGTH), "little")
+    rest = os.fstat(file.fileno()).st_size - _LENGTH - length
+    if length > _MOST_HEADER or rest < 0:
+        raise FormatError(foreign)
+    raw = file.read(length)
     listed = parse(raw, path.name).items()
     spans, begin = {}, _LENGTH + length
     for name, facts in listed.items():
@@ -148,18 +155,16 @@ def _told(path: Path) -> tuple[dict[str, str], dict[str, _Span]]:
     return {} if said is None else {k: v.text() for k, v in said.items().items()}, spans
 
 
-def _tensors(path: Path, spans: Mapping[str, _Span]) -> dict[str, Tensor]:
+def _tensors(file: BinaryIO, spans: Mapping[str, _Span]) -> dict[str, Tensor]:
     """The tensors of a file, which lie in it until they are used: each of its own storage.
 
     safetensors' own reader asks torch for a tensor in a way that loses a KeyboardInterrupt in between.
     """
     made: dict[str, Tensor] = {}
-    try:
-        whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-    except (OSError, RuntimeError) as error:
-        raise FormatError(f"{path.name} cannot be read: {error}") from None
+    whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     for name, span in spans.items():
-        bits = torch.empty(0, dtype=torch.uint8).set_(whole[span.start : span.stop])
+        n = span.stop - span.start
+        bits = torch.frombuffer(whole, dtype=torch.uint8, count=n, offset=span.start) if n else torch.empty(0).byte()
         plain = bits.clone() if span.start % span.dtype.itemsize else bits  # of foreign writers
         made[name] = plain.view(span.dtype).view(span.shape)
     return made
@@ -167,7 +172,8 @@ def _tensors(path: Path, spans: Mapping[str, _Span]) -> dict[str, Tensor]:
 
 def _plain(name: str) -> str:
     """A name in ASCII; modules may be called anything, also what is no valid Unicode."""
-    return json.dumps(name, ensure_ascii=True)[1:-1]
+    plain = json.dumps(name, ensure_ascii=True)[1:-1]
+    return plain if plain != "__metadata__" else "\\u005f_metadata__"  # safetensors' own word
 
 
 def _name(plain: str, path: Path) -> str:

@@ -7,7 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from workbench.storage import disk
+
 T = TypeVar("T")
+
+
+def file_of(resume: str | Path | None) -> Path | None:
+    """The file that `resume=` names, tried before hours go into what it is to keep; None for None.
+
+    Raises:
+        FileError: no file can be written there.
+    """
+    return None if resume is None else disk.tried(resume)
 
 
 @contextmanager

@@ -7,13 +7,13 @@ checked by whoever uses this; a block that does more than return its output show
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from workbench.hooks.changes import Changes
 from workbench.hooks.heads import block_of
@@ -168,6 +168,30 @@ class Prefix:
             elif begins and name in once and name in self.blocks:
                 before[name] = list(ended)
         return before
+
+
+def exchanged(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Inputs of the same shapes with other content: each example in the place of the next, or turned if it is alone.
+
+    A forward on them shows what blocks keep beside what they give: keys of an earlier layer in an attribute, say, which
+    would be those of another forward where these blocks are passed over.
+    """
+
+    def one(tensor: Tensor, axis: int) -> Tensor:
+        mine = tensor.dim() > axis and tensor.shape[0] == size
+        return tensor.roll(1, axis) if mine else tensor
+
+    for axis in (0, 1):
+        found = {name: map_tensors(partial(one, axis=axis), value) for name, value in batch.items()}
+        pairs = zip(tensors(found), tensors(batch), strict=True)
+        if not all(a.equal(b) for a, b in pairs):
+            break
+    return found
+
+
+def starts_to_try(starts: Sequence[Any]) -> list[Any]:
+    """From where to try to resume, the last first: two in a row, since layers may share by twos, and in the middle."""
+    return list(dict.fromkeys((*starts[-1:], *starts[-2:-1], *starts[len(starts) // 2 :][:1])))
 
 
 def _copy(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from workbench.counting import count
 from workbench.storage.result import Result
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ class Sweep(Result):
 
     def __repr__(self) -> str:
         done = "" if self.complete else f", {int(self.done.sum())} of {self.done.numel()} done"
-        examples = sum(self.batch_sizes)
         return (
-            f"Sweep({len(self.variants)} variants, {examples} examples, {', '.join(self.metrics)}; {self.mode}{done})"
+            f"Sweep({count(len(self.variants), 'variant')}, {count(sum(self.batch_sizes), 'example')}, "
+            f"{', '.join(self.metrics)}; {self.mode}{done})"
         )
 
 

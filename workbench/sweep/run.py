@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.errors import InterventionError, WorkbenchError, expect
+from workbench.errors import InterventionError, expect
 from workbench.hooks.together import done_by_all
 from workbench.inputs import dropout_in_training
 from workbench.metrics import as_metrics
 from workbench.session.workbench import Workbench
-from workbench.storage.resumable import kept_when_stopped
+from workbench.storage.resumable import file_of, kept_when_stopped
 from workbench.sweep.inputs import check_batches, check_resumed, identity
 from workbench.sweep.result import Sweep, SweepInterrupted
 from workbench.sweep.runner import Runner
@@ -98,13 +98,13 @@ def run_sweep(
     given = list(variants)
     if not given:
         raise InterventionError("there is no variant to try")
+    path = file_of(resume)
     of_reference = several if reference is None else reference
     every, references = resolve(wb, [*given, *([base] if base else [])], of_reference, "reference", seed, several)
     found, under = every[: len(given)], every[len(given) :]
     if under and len(under[0].draws) > 1:
         raise InterventionError("base= cannot resample, which takes several draws", hint='how="mean", or "zero"')
     runner = Runner(wb, found, under, references, several, named, memory, batched, resumed)
-    path = Path(resume) if resume is not None else None
     with opened(engine, wb) as workers, runner.open():
         runner.try_out()
         return _Sweeping(runner, of_reference, seed, workers).run(path, progress)
@@ -142,8 +142,6 @@ class _Sweeping:
 
     def _go_on(self, path: Path) -> None:
         if not path.exists():
-            if not path.parent.is_dir():
-                raise WorkbenchError(f"there is no folder {path.parent}", hint="make the folder first")
             return
         held = Sweep.load(path)
         check_resumed(held.identity, self.identity, path.name)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.errors import InterventionError, WorkbenchError
+from workbench.hooks.edits import Ablation, zero
 from workbench.hooks.nested import tensors
+from workbench.hooks.positions import Positions
 from workbench.inputs import without_cache
 from workbench.metrics import Metric
 from workbench.session.reference import Reference
@@ -19,8 +21,8 @@ from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import size_of
 from workbench.sweep.kept_logits import ARGUMENT, places_read, widened
 from workbench.sweep.outputs import check_value, close, same
-from workbench.sweep.prefix import Prefix
-from workbench.sweep.variants import OutputStack, Resolved, Stack, repeat, split
+from workbench.sweep.prefix import Prefix, exchanged, starts_to_try
+from workbench.sweep.variants import OutputStack, Resolved, Stack, Unrepeated, repeat, split
 
 _FEW_ROWS = 256  # vectors in a forward; with fewer, what a forward costs whatever its size weighs more than a block
 
@@ -82,7 +84,7 @@ class Runner:
         inputs = {
             name: value if name == "cache_position" else repeat(value, times, size) for name, value in batch.items()
         }
-        self.stack.plan = plan
+        self.stack.plan, self.stack.size = plan, size
         self.stack.touched.clear()
         places = self._places(batch)
         if places is not None:
@@ -127,13 +129,14 @@ class Runner:
         elif self.resumed:
             if self.prefix.reason:
                 warnings.warn(f"some variants run whole forwards: {self.prefix.reason}", UserWarning, stacklevel=3)
-            for start in dict.fromkeys((starts[-1], starts[len(starts) // 2])):
-                if not same(plain, self._forward(batch, size, [self.edits], start)):
-                    self._fall_back(f"a forward resumed at {start} does not give the same numbers")
-                    break
+            if why := self._resumes_wrongly(plain, batch, size, starts_to_try(starts)):
+                self._fall_back(why)
         if self.batched and len(self.variants) > 1:
-            last = starts[-1] if self.resumed else None
-            wrong = self._repeats_wrongly(plain, batch, size, last)
+            ends: list[str | None] = [starts[-1]] if self.resumed else [None]
+            if self.resumed and starts[0].rpartition(".")[0] != starts[-1].rpartition(".")[0]:
+                ends.append(starts[0])  # of another tower, whose examples may be others
+            wrong = next(filter(None, (self._repeats_wrongly(plain, batch, size, end) for end in ends)), "")
+            wrong = wrong or self._windows_are_mixed(plain, batch, size)
             if wrong:
                 self.batched = False
                 warnings.warn(f"variants run one by one: {wrong}", UserWarning, stacklevel=3)
@@ -158,10 +161,30 @@ class Runner:
         self.sparse = True
         return found
 
+    def _resumes_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, starts: Sequence[str]) -> str:
+        """Why no forward can begin at a block; "" if it can."""
+        with suppress(RuntimeError, ValueError, IndexError, TypeError):  # the model may not take its inputs turned
+            self._forward(exchanged(batch, size), size, [self.edits], None)
+        for start in starts:
+            try:
+                if same(plain, self._forward(batch, size, [self.edits], start)):
+                    continue
+            except WorkbenchError:
+                raise
+            except Exception as error:
+                return f"a forward resumed at {start} ends in {type(error).__name__}: {error}"
+            return f"a forward resumed at {start} does not give the same numbers"
+        return ""
+
     def _repeats_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, start: str | None) -> str:
         """Why variants cannot run side by side; "" if they can."""
         try:
-            parts = split(self._forward(batch, size, [self.edits] * 2, start), 2, 2 * size)
+            both = self._forward(batch, size, [self.edits] * 2, start)
+            if _rows(both) != [2 * n if n == size else n for n in _rows(plain)]:
+                return "what its blocks give is not repeated along its first axis, as a batch is"
+            parts = split(both, 2, 2 * size)
+        except Unrepeated as error:
+            return error.message
         except WorkbenchError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -170,6 +193,20 @@ class Runner:
             if not close(plain, part):
                 return "a repeated batch gives other numbers, so that its examples act on one another"
         return ""
+
+    def _windows_are_mixed(self, plain: Any, batch: Mapping[str, Any], size: int) -> str:
+        """Why windows keep variants from running side by side: those of one example do not follow each other."""
+        several = {self.wb.sites.find(name): (0,) for name in sorted(self.stack.windowed)}
+        if not several:
+            return ""
+        edit = Ablation(several, zero, Positions())
+        try:
+            parts = split(self._forward(batch, size, [(*self.edits, edit), self.edits], None), 2, 2 * size)
+        except WorkbenchError as error:
+            return error.message
+        if close(plain, parts[1]):
+            return ""
+        return f"an edit of one example's windows at {next(iter(several)).name} reaches those of another"
 
     def _fall_back(self, reason: str) -> None:
         self.resumed, self.reason = False, reason
@@ -259,3 +296,8 @@ class Runner:
         """[metric, example of the batch]."""
         values = [(name, metric(output, batch, clean)) for name, metric in self.metrics.items()]
         return torch.stack([check_value(value, name, of, rows) for name, value in values])
+
+
+def _rows(output: Any) -> list[int]:
+    """How many rows each tensor of an output has."""
+    return [tensor.shape[0] for tensor in tensors(output) if tensor.dim()]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workbench.errors import InterventionError
 from workbench.hooks.edits import Ablation, Edit, HeadFunction, OutputEdit, PatternEdit, Source, zero
 from workbench.hooks.heads import parse_heads
-from workbench.hooks.nested import items_of, map_tensors, rebuilt
+from workbench.hooks.nested import items_of, map_tensors, rebuilt, tensors
 from workbench.hooks.positions import Positions, Where
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
@@ -188,20 +188,43 @@ def about(value: Any) -> str:
     return f"{name}{about(held) if held else ''}"
 
 
+class Unrepeated(InterventionError):
+    """A module that does not run on every repeat of a batch."""
+
+
 class Stack(Edit):
     """Side by side along the batch, each repeat of it with the edits of its own variant.
 
     Attributes:
-        plan: for each repeat, its edits. touched: names of the modules that an edit has changed.
+        plan: for each repeat, its edits. size: examples of one. touched: names of the modules that an edit has changed.
+        windowed: names of those that had more rows than there are examples.
     """
 
     def __init__(self, sites: Iterable[str]) -> None:
         super().__init__(sites)
         self.plan: Sequence[tuple[AnyEdit, ...]] = ((),)
+        self.size = 1
         self.touched: set[str] = set()
+        self.windowed: set[str] = set()
+
+    def check_rows(self, sizes: Sequence[int], site: str) -> None:
+        """Raise an `Unrepeated` where a module runs on another number of examples than all repeats have together.
+
+        Args:
+            sizes: of what it gives, along the first axis, and the second if that may be the batch.
+        """
+        whole = len(self.plan) * self.size
+        if len(self.plan) > 1 and (sizes[0] % whole or (whole in sizes[1:] and sizes[0] != whole)):
+            raise Unrepeated(
+                f"{len(self.plan)} variants side by side have {whole} examples, and this site has {sizes[0]} rows",
+                site=site, hint="pass batched=False: is the batch no first axis of what its blocks give?",
+            )  # fmt: skip
 
     def __call__(self, call: AttentionCall, z: Tensor) -> Tensor:
         """z with each repeat's heads edited."""
+        self.check_rows(z.shape[:1], call.site)
+        if z.shape[0] > len(self.plan) * self.size:
+            self.windowed.add(call.site)
         size, new = z.shape[0] // len(self.plan), None
         for number, edits in enumerate(self.plan):
             own = [edit for edit in edits if isinstance(edit, Edit) and call.site in edit.sites]
@@ -233,6 +256,9 @@ class OutputStack(OutputEdit):
         if not any(mine):
             return output
         self.stack.touched.add(name)
+        first = next((each for each in tensors(output) if each.dim()), None)
+        if first is not None:
+            self.stack.check_rows(first.shape[: max(1, min(2, first.dim() - 1))], name)
         parts = split(output, len(plan))
         for number, edits in enumerate(mine):
             for edit in edits:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args, overload
 
 import torch
 
+from workbench.counting import count
 from workbench.errors import TaskError, nearest
 from workbench.inputs import decoder_start, device_for_inputs, own_positions
 from workbench.metrics import METRICS, Metric, TaskBatch
@@ -96,7 +97,7 @@ class Task(Sequence[Example]):
 
     def __repr__(self) -> str:
         made = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
-        lines = [f"Task {self.name}: {len(self)} examples ({made})"]
+        lines = [f"Task {self.name}: {count(len(self), 'example')} ({made})"]
         if self.examples:
             first = self.examples[0]
             many = f" (any of {len(first.answers)})" if len(first.answers) > 1 else ""

@@ -57,7 +57,7 @@ def answer_of(number: int, example: Any, right: Sequence[Ids], wrong: Sequence[I
     before = right[0][:-1]
     if any(ids[:-1] != before for ids in right):
         return _beginnings(number, example, right, wrong)
-    last = tuple(ids[-1] for ids in right)
+    last = tuple(dict.fromkeys(ids[-1] for ids in right))  # an answer that is given twice is one
     sets = [*[(one,) for one in before], last]
     parts = [_parting(number, example, text, ids, sets) for text, ids in zip(example.wrong, wrong, strict=True)]
     if len(set(parts)) > 1:

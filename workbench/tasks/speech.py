@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import TaskError
+from workbench.errors import FormatError, TaskError
 from workbench.inputs import check_recording
+from workbench.storage.disk import readable
 
 RATE = 16_000
 """Samples per second that speech models are trained on."""
@@ -36,10 +37,13 @@ def load_audio(path: str | Path, *, rate: int = RATE, resample: bool = True) -> 
         import soundfile
     except ModuleNotFoundError as error:
         raise TaskError("reading audio needs soundfile", hint="pip install soundfile") from error
-    file = Path(path)
-    if not file.is_file():
-        raise TaskError(f"there is no file {file}")
     try:
+        file = readable(path)
+    except FormatError as error:
+        raise TaskError(error.message, hint=error.hint) from None
+    try:
+        if not file.is_file():
+            raise TaskError(f"there is no file {file}")
         with soundfile.SoundFile(file) as sound:
             mono, found = _mono(sound, file.name), sound.samplerate
     except (soundfile.SoundFileError, OSError, ValueError, RuntimeError) as error:

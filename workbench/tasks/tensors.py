@@ -9,6 +9,7 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 
+from workbench.counting import count
 from workbench.errors import TaskError
 from workbench.metrics import Scored, TaskBatch, last_places
 from workbench.tasks.base import Example, Task
@@ -44,7 +45,7 @@ class InputTask(Task):
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        return f"InputTask {self.name}: {len(self)} examples"
+        return f"InputTask {self.name}: {count(len(self), 'example')}"
 
     def using(self, *, prepend_bos: bool | None = None, measured_at: str | None = None) -> Task:
         """The same inputs, measured at another position.
@@ -176,4 +177,4 @@ def from_inputs(
 
 
 def _ids(given: Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple((int(one),) if isinstance(one, int) else tuple(map(int, one)) for one in given)
+    return tuple((int(one),) if isinstance(one, int) else tuple(dict.fromkeys(map(int, one))) for one in given)

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 import transformers as hf
+from torch import Tensor, nn
 
 import workbench
 from support.circuits import ENCODER_DECODERS, SlotModel, task_for, tiny
@@ -220,3 +221,30 @@ def test_names_that_are_none() -> None:
     for edge in ("input", "a0.h1->a0.h2<q>", "logits->m0"):
         with pytest.raises(FormatError, match="edge"):
             graph.edge(edge)
+
+
+class Tied(nn.Module):
+    """A GPT-2 whose logits no module gives, and whose MLPs are as wide as its vocabulary."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        states = self.model.transformer(input_ids).last_hidden_state
+        return nn.functional.linear(states, self.model.transformer.wte.weight)
+
+
+def test_a_module_as_wide_as_the_logits_is_no_head() -> None:
+    torch.manual_seed(0)
+    config = hf.GPT2Config(n_embd=8, n_layer=2, n_head=2, n_inner=12, vocab_size=12, n_positions=8)
+    plain = hf.GPT2LMHeadModel(config).eval()
+    words = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    task = workbench.tasks.from_inputs({"input_ids": words}, {"input_ids": words.flip(0)}, [1, 2], [3, 4])
+    with workbench.attach(plain) as wb:
+        want = workbench.find_circuit(wb, task, "eap", progress=False)
+    tied = Tied(plain)
+    with workbench.attach(tied) as wb:
+        assert find_anatomy(wb, {"input_ids": words}).head is None
+        found = workbench.find_circuit(wb, task, "eap", progress=False)
+    torch.testing.assert_close(found.edge_scores, want.edge_scores, atol=1e-6, rtol=1e-4, equal_nan=True)

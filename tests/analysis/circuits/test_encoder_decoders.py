@@ -27,7 +27,7 @@ def test_every_method_finds_heads_and_leaves_nothing_behind(name: str, method: s
     batch = next(iter(task.batches(Words(), 3, start_token=decoder_start(model))))
     with workbench.attach(model, Words()) as wb, torch.no_grad():
         plain = model(**batch, use_cache=False).logits
-        circuit = workbench.find_circuit(wb, task, method, fraction=0.3, n_edges=0.5, threshold=0.05, progress=False)
+        circuit = workbench.find_circuit(wb, task, method, fraction=0.3, n_edges=0.5, threshold=0.1, progress=False)
         found = workbench.circuit_faithfulness(wb, circuit, task, progress=False)
         assert torch.equal(plain, model(**batch, use_cache=False).logits)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

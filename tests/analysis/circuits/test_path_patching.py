@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,12 +22,27 @@ from workbench.errors import InterventionError
 NAMES = ["gpt2", "llama-gqa", "granite", "gpt-neox", *ENCODER_DECODERS]
 
 
-def by_hand(setup: Setup, paths: Paths) -> Tensor:
-    """[sender, example], one sender and two whole forwards at a time."""
+@pytest.fixture(scope="module")
+def opened() -> Iterator[Callable[[str], Setup]]:
+    """Each tiny model with a task of several lengths, opened once for all that is patched in it."""
+    with ExitStack() as stack:
+
+        @cache
+        def of(name: str) -> Setup:
+            wb = stack.enter_context(workbench.attach(tiny(name), Words()))
+            return stack.enter_context(open_setup(wb, task_for(name, 5, lengths=2), batch_size=3))
+
+        yield of
+
+
+def by_hand(setup: Setup, paths: Paths) -> tuple[Tensor, Tensor]:
+    """[sender, example], one sender and two whole forwards at a time; and [example] without a patch."""
+    plain = torch.zeros(len(setup.task), dtype=torch.float64)
     found = torch.zeros(len(paths.senders), len(setup.task), dtype=torch.float64)
     layers, end = range(len(setup.graph.layers)), setup.stream.end
     for pair in setup.pairs:
         logits, clean, twin = setup.record(pair)
+        plain[setup.rows(pair)] = setup.measure(logits, pair, logits)[0]
         streams = {setup.graph.receiver_spot(name).stream for name in paths.receivers}
         where = {stream: setup.positions(pair, paths.positions, stream) for stream in streams}
         for row, (sender,) in enumerate(paths.senders):
@@ -66,36 +84,30 @@ def by_hand(setup: Setup, paths: Paths) -> Tensor:
                 second.setdefault((part, i), []).append(one)
             out = setup.stream.run(pair.clean, pair.last, second)
             found[row, setup.rows(pair)] = setup.measure(out, pair, logits)[0]
-    return found
+    return found, plain
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize("which", ["logits", "q", "kv"])
-def test_it_is_the_algorithm_written_out(name: str, freeze: bool, which: str) -> None:
-    with (
-        workbench.attach(tiny(name), Words()) as wb,
-        open_setup(wb, task_for(name, 5, lengths=2), batch_size=3) as setup,
-    ):
-        graph = setup.graph
-        receivers: tuple[str, ...] = ("logits",)
-        where: Any = "end"
-        if which != "logits":
-            at = ["decoder.x1.h0", "decoder.x1.h3"] if name in ENCODER_DECODERS else ["a1.h0", "a1.h3"]
-            receivers = tuple(dict.fromkeys(graph.receiver(head, part) for head in at for part in which))
-            where = "end" if which == "q" else ("early", "end")
-        read = graph.exists[:, [graph.receiver_index[receiver] for receiver in receivers]].any(1)
-        heads = [head for head in graph.head_names if read[graph.sender_index[head]]]
-        assert len(heads) >= 4
-        paths = Paths(receivers, tuple((head,) for head in heads), where, freeze)
-        with torch.no_grad():
-            expected = by_hand(setup, paths)
-        found = run_paths(setup, paths, progress=False)
-        assert (found - expected).abs().max() < 1e-9
-        plain = torch.cat(
-            [setup.measure(setup.record(pair)[0], pair, setup.record(pair)[0])[0] for pair in setup.pairs]
-        )
-        assert (found - plain).abs().max() > 1e-6
+def test_it_is_the_algorithm_written_out(name: str, freeze: bool, which: str, opened: Callable[[str], Setup]) -> None:
+    setup = opened(name)
+    graph = setup.graph
+    receivers: tuple[str, ...] = ("logits",)
+    where: Any = "end"
+    if which != "logits":
+        at = ["decoder.x1.h0", "decoder.x1.h3"] if name in ENCODER_DECODERS else ["a1.h0", "a1.h3"]
+        receivers = tuple(dict.fromkeys(graph.receiver(head, part) for head in at for part in which))
+        where = "end" if which == "q" else ("early", "end")
+    read = graph.exists[:, [graph.receiver_index[receiver] for receiver in receivers]].any(1)
+    heads = [head for head in graph.head_names if read[graph.sender_index[head]]]
+    assert len(heads) >= 4
+    paths = Paths(receivers, tuple((head,) for head in heads), where, freeze)
+    with torch.no_grad():
+        expected, plain = by_hand(setup, paths)
+    found = run_paths(setup, paths, progress=False)
+    assert (found - expected).abs().max() < 1e-9
+    assert (found - plain).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("name", NAMES)

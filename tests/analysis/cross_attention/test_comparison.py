@@ -363,6 +363,7 @@ def test_precomputed_saliency_and_refusals() -> None:
             ([given, "spess"], {}, 'did you mean "spes"'),
             ([given, "encoder_output"], {}, "no method"),
             ([[], "spes"], {}, "no utterance"),
+            ([given, "spes"], {"hypothesis": "a word"}, "hypothesis is no option"),
             ([given, [pair, pair]], {}, "2 pairs"),
             ([given, [pair]], {"orders": ("atention",)}, "did you mean"),
             ([given, [pair[::-1]]], {}, "encoder's output"),

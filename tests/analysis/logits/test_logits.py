@@ -349,6 +349,31 @@ def test_the_lens_by_hand(name: str) -> None:
     assert float(lens.divergence[-1].abs().max()) < 1e-5
 
 
+def test_a_norm_and_a_projection_in_one_module() -> None:
+    plain, joined = _model("gpt2"), _model("gpt2")
+    joined.load_state_dict(plain.state_dict())
+    head = nn.Sequential(joined.transformer.ln_f, nn.Linear(*joined.lm_head.weight.shape[::-1], bias=False))
+    head[1].weight = joined.lm_head.weight
+    joined.transformer.ln_f, joined.lm_head = nn.Identity(), head
+    with attach(plain) as one, attach(joined) as other:
+        want, found = (attribute(wb, _inputs("gpt2"), 5, contrast=7) for wb in (one, other))
+    torch.testing.assert_close(found.values, want.values, atol=1e-5, rtol=1e-5)
+    assert found.norm == "lm_head.0, LayerNorm, its scale frozen"
+
+
+@torch.no_grad()
+def test_a_lens_through_a_narrower_projection_without_a_final_norm() -> None:
+    """OPT-350m: norms behind the sums, and a projection to fewer numbers before the logits."""
+    sides = {"hidden_size": 32, "ffn_dim": 16, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 20}
+    config = hf.OPTConfig(**sides, word_embed_proj_dim=16, do_layer_norm_before=False)
+    model = hf.OPTForCausalLM(config).eval()
+    states = model(inputs := torch.tensor([[5, 6, 7]]), output_hidden_states=True).hidden_states
+    with attach(model) as wb:
+        lens = workbench.logit_lens(wb, {"input_ids": inputs}, 7)
+    logits = model.lm_head(model.model.decoder.project_out(states[1][0]))
+    torch.testing.assert_close(lens.probability[1], logits.double().softmax(-1)[:, 7], rtol=1e-5, atol=1e-8)
+
+
 def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     model, tokenizer = workbench.models.load("demo-lm")
     task = workbench.tasks.ioi(4, seed=0)

@@ -6,7 +6,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import captum.attr
 import numpy as np
 import pytest
 import torch
@@ -80,6 +79,8 @@ def test_masks_enumerated_one_by_one(name: str) -> None:
 def test_integrated_gradients_and_gradient_times_input_by_hand_and_by_captum(
     name: str, contrast: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from captum.attr import IntegratedGradients
+
     model = double(name)
     plain = Plain(model, contrast)
     base = plain.start.mean(1, keepdim=True).expand_as(plain.start)
@@ -100,7 +101,7 @@ def test_integrated_gradients_and_gradient_times_input_by_hand_and_by_captum(
     change = (plain(plain.start) - plain(base))[0]
     torch.testing.assert_close(torch.tensor(found.details["change"]).double(), change.detach())
     for k in range(3):
-        theirs = captum.attr.IntegratedGradients(plain).attribute(plain.start, base, target=k, n_steps=16)
+        theirs = IntegratedGradients(plain).attribute(plain.start, base, target=k, n_steps=16)
         torch.testing.assert_close(found.scores[k].double(), theirs.sum(-1)[0].double(), atol=1e-6, rtol=1e-5)
     for few in (0, gradients._FEW):  # a backward for each token, or one for copies of the input
         monkeypatch.setattr(gradients, "_FEW", few)
@@ -113,6 +114,8 @@ def test_integrated_gradients_and_gradient_times_input_by_hand_and_by_captum(
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("method", ["occlusion", "feature_ablation"])
 def test_occlusion_is_the_drop_without_a_token(name: str, method: str) -> None:
+    from captum.attr import FeatureAblation
+
     model = double(name)
     plain = Plain(model, INSTEAD)
     truth = []
@@ -123,7 +126,7 @@ def test_occlusion_is_the_drop_without_a_token(name: str, method: str) -> None:
     found = explained(model, method, contrast=INSTEAD)
     torch.testing.assert_close(found.scores.double(), torch.stack(truth, 1), atol=1e-6, rtol=1e-5)
     for k in range(3):
-        theirs = captum.attr.FeatureAblation(plain).attribute(
+        theirs = FeatureAblation(plain).attribute(
             plain.start, target=k, feature_mask=torch.arange(6)[None, :, None].expand_as(plain.start)
         )
         torch.testing.assert_close(found.scores[k].double(), theirs[0, :, 0].double(), atol=1e-6, rtol=1e-5)

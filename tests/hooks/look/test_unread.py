@@ -122,6 +122,18 @@ def test_attention_that_is_read_and_layers_by_position_are_not_listed() -> None:
     assert unread(nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, batch_first=True), 2)) == []
 
 
+def test_weights_of_a_pool_of_tokens_are_no_output_of_theirs() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend, self.probe = nn.MultiheadAttention(D, 4, batch_first=True), nn.Parameter(torch.ones(1, 1, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attend(self.probe.expand(len(x), 1, D), x, x)[0]  # with their mean weights beside it
+
+    assert unread(Pool()) == []
+
+
 def test_mixing_is_put_down_to_the_module_that_does_it() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
@@ -265,6 +277,15 @@ def test_keys_are_positions_or_are_told_not_to_be(name: str) -> None:
         [found] = probe_keys(recorded, call)
     assert (found.over, found.moved) == (over, at)
     assert found.mixed == (name == "of neighbours")
+
+
+def test_learned_queries_are_no_positions_however_many_they_are() -> None:
+    torch.manual_seed(0)
+    learned = Keyed(lambda x: x)
+    learned.q.forward = lambda x: learned.q.weight[: len(x[0])].expand(len(x), -1, -1)  # type: ignore[method-assign]
+    with replays(Model(learned), torch.randn(2, N, D)) as recorded:
+        [found] = probe_keys(recorded, next(call for call in recorded.calls if call.name == "blocks.0"))
+    assert found.over == "moved"
 
 
 def test_keys_that_read_neighbours_are_listed() -> None:

@@ -69,12 +69,13 @@ SENSES = [
     Surveyed("Florence-2, vision tower", _florence, lambda: {"hidden_states": normal(2, 3, 48, 48)},
              (12, 6, 144, 36, 9)),
     Surveyed("SAM", lambda: hf.SamVisionModel(hf.SamVisionConfig(
-        **{key: value for key, value in TOWER.items() if key != "intermediate_size"}, mlp_dim=48, image_size=56,
+        num_hidden_layers=2, num_attention_heads=4, hidden_size=32, mlp_dim=48, image_size=56,
         patch_size=8, window_size=4, global_attn_indexes=[1], output_channels=12, num_pos_feats=8)),
         image(56), (7, 49, 4)),
     Surveyed("Wav2Vec2", lambda: hf.Wav2Vec2Model(hf.Wav2Vec2Config(**_SOUND)), _sound, (59, 241)),
     Surveyed("HuBERT", lambda: hf.HubertModel(hf.HubertConfig(**_SOUND)), _sound, (59, 241)),
-    Surveyed("WavLM", lambda: hf.WavLMModel(hf.WavLMConfig(**_SOUND)), _sound, (59, 241)),
+    Surveyed("WavLM", lambda: hf.WavLMModel(hf.WavLMConfig(
+        **{**_SOUND, "num_hidden_layers": 2})), _sound, (59, 241)),
     Surveyed("Wav2Vec2-Conformer", lambda: hf.Wav2Vec2ConformerModel(hf.Wav2Vec2ConformerConfig(
         **_SOUND, conv_depthwise_kernel_size=5)), _sound, (59, 241)),
     Surveyed("Audio Spectrogram", lambda: hf.ASTModel(hf.ASTConfig(

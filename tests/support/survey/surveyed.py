@@ -13,8 +13,10 @@ from support.zoo.family import SPECIAL, VOCABULARY, ids
 
 LENGTH = 17
 TEXT = {"vocab_size": VOCABULARY, **SPECIAL}
-TOWER = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
+TOWER = {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
 GROUPED = {**TOWER, "num_key_value_heads": 2, **TEXT}
+PAIR = {**GROUPED, "num_hidden_layers": 2}
+"""For layers that differ, or share what they compute."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import transformers as hf
 
-from support.survey.surveyed import GROUPED, TEXT, TOWER, Surveyed, long, seq2seq, tokens, uncached
+from support.survey.surveyed import GROUPED, PAIR, TEXT, TOWER, Surveyed, long, seq2seq, tokens, uncached
 
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _SIDES = {
@@ -12,7 +12,7 @@ _SIDES = {
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, **TEXT, "decoder_start_token_id": 2,
 }  # fmt: skip
 _T5 = {"num_layers": 1, "num_heads": 4, "d_model": 32, "d_kv": 8, "d_ff": 48, **TEXT, "decoder_start_token_id": 0}
-_SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, **TEXT, "n_positions": 64}
+_SMALL = {"n_layer": 1, "n_head": 4, "n_embd": 32, **TEXT, "n_positions": 64}
 
 TEXTS = [
     Surveyed("Mixtral", lambda: hf.MixtralModel(hf.MixtralConfig(**GROUPED, num_local_experts=4)), uncached),
@@ -24,9 +24,9 @@ TEXTS = [
     Surveyed("Cohere", lambda: hf.CohereModel(hf.CohereConfig(**GROUPED)), uncached),
     Surveyed("Phi-3", lambda: hf.Phi3Model(hf.Phi3Config(**GROUPED)), uncached),
     Surveyed("Gemma 3", lambda: hf.Gemma3TextModel(hf.Gemma3TextConfig(
-        **GROUPED, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"])), uncached),
+        **PAIR, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"])), uncached),
     Surveyed("Llama 4", lambda: hf.Llama4TextModel(hf.Llama4TextConfig(
-        **GROUPED, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=5)), uncached),
+        **PAIR, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=5)), uncached),
     Surveyed("DiffLlama", lambda: hf.DiffLlamaModel(hf.DiffLlamaConfig(**GROUPED)), uncached),
     Surveyed("Granite", lambda: hf.GraniteModel(hf.GraniteConfig(**GROUPED)), uncached),
     Surveyed("StarCoder 2", lambda: hf.Starcoder2Model(hf.Starcoder2Config(**GROUPED)), uncached),
@@ -35,7 +35,8 @@ TEXTS = [
     Surveyed("OPT", lambda: hf.OPTModel(hf.OPTConfig(
         **TEXT, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
         max_position_embeddings=64)), uncached),
-    Surveyed("ALBERT", lambda: hf.AlbertModel(hf.AlbertConfig(**TOWER, vocab_size=60, embedding_size=24)), tokens),
+    Surveyed("ALBERT", lambda: hf.AlbertModel(hf.AlbertConfig(
+        **{**TOWER, "num_hidden_layers": 2}, vocab_size=60, embedding_size=24)), tokens),
     Surveyed("ELECTRA", lambda: hf.ElectraModel(hf.ElectraConfig(**TOWER, vocab_size=60, embedding_size=24)), tokens),
     Surveyed("ConvBERT", lambda: hf.ConvBertModel(hf.ConvBertConfig(
         **TOWER, vocab_size=60, embedding_size=24, conv_kernel_size=3, head_ratio=2)), tokens),

@@ -22,6 +22,7 @@ from workbench.analysis.circuits.patching import ablation_effects
 from workbench.analysis.circuits.shares import Denominator
 from workbench.errors import InterventionError, expect, nearest
 from workbench.session.workbench import Workbench
+from workbench.storage.resumable import file_of
 from workbench.tasks.base import Task
 from workbench.workers.engine import Engine
 
@@ -134,13 +135,13 @@ def find_circuit(
         raise InterventionError(
             '"acdc" tries one edge after another, which workers cannot share', hint='engine="local"'
         )
+    file = file_of(resume)
     with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed, engine=engine) as setup:
         if method in ("eap", "eap_ig"):
             several = steps if method == "eap_ig" else 1
             return _by_attribution(setup, method, several, path, direction, n_edges, absolute, progress)
         setup.measure_baselines()
         if method == "acdc":
-            file = None if resume is None else Path(resume)
             return _by_pruning(setup, threshold, ablation or "counterfactual", progress, file)
         if method == "ablation":
             return _by_ablation(setup, ablation or "mean", fraction, absolute, progress)

@@ -94,7 +94,7 @@ def read(path: str | Path, graph: Graph | None = None) -> Read:
     """
     path = disk.readable(path)
     try:
-        raw = path.read_bytes()
+        raw = disk.content(path)
     except (OSError, ValueError) as error:  # a name with characters that no path may have is a ValueError
         raise FormatError(f"{path.name!r} cannot be read: {getattr(error, 'strerror', error)}") from None
     try:

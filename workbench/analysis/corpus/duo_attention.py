@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from workbench.errors import FileError, FormatError, WorkbenchError
+from workbench.errors import FormatError, WorkbenchError
 from workbench.storage import disk
 from workbench.storage.parts import parse
 
@@ -27,11 +27,7 @@ def write_duo_attention(folder: str | Path, rows: Sequence[Sequence[float]], *, 
         raise WorkbenchError("the file has the same number of heads in every layer; this model's layers differ")
     if not all(math.isfinite(score) for row in rows for score in row):
         raise WorkbenchError("a head has no score", hint="windows must be longer than sinks= and recent= together")
-    target = Path(folder)
-    try:
-        target.mkdir(exist_ok=True)
-    except OSError as error:
-        raise FileError(f"{target.name} is no folder that can be made: {error.strerror}") from None
+    target = disk.folder(folder)
     lines = ["\t".join(repr(min(1.0, max(0.0, score))) for score in row) for row in rows]
     disk.write(target / HEADS, "\n".join(lines) + "\n")
     disk.write(target / CONFIG, json.dumps({"sink_size": sinks, "recent_size": recent}))
@@ -44,9 +40,9 @@ def read_duo_attention(folder: str | Path) -> tuple[Tensor, int, int]:
     Raises:
         FormatError: it is no such folder.
     """
-    where = Path(folder)
+    where = disk.readable(folder)
     try:
-        text, config = (where / HEADS).read_text(encoding="utf-8"), (where / CONFIG).read_bytes()
+        text, config = disk.text(where / HEADS), disk.content(where / CONFIG)
         rows = [[float(number) for number in line.split("\t")] for line in text.splitlines() if line.strip()]
         scores = torch.tensor(rows, dtype=torch.float64)
     except OSError as error:

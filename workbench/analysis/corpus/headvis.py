@@ -19,7 +19,7 @@ from torch import Tensor
 
 from workbench.analysis.corpus.measuring import MEANINGS as OF_SCORES
 from workbench.analysis.head_scores.prompts import self_attention
-from workbench.errors import FileError, FormatError, WorkbenchError
+from workbench.errors import FormatError, WorkbenchError
 from workbench.inputs import device_for_inputs, without_cache
 from workbench.session.workbench import Workbench
 from workbench.storage import disk
@@ -67,12 +67,9 @@ def write_headvis(
     twice = [f"L{layer}H{head}" for (layer, head), n in Counter(heads).items() if n > 1]
     if twice:
         raise WorkbenchError(f"HeadVis names heads by layer and number, and {twice[0]} are several heads of this model")
-    target = Path(folder)
-    try:
-        for one in (target, target / "heads", target / "attributions"):
-            one.mkdir(exist_ok=True)
-    except OSError as error:
-        raise FileError(f"{target.name} is no folder that can be made: {error.strerror}") from None
+    target = disk.folder(folder)
+    for inner in ("heads", "attributions"):
+        disk.folder(target / inner)
     for (layer, head), own in zip(heads, sequences, strict=True):
         _write(target / "heads" / f"L{layer}H{head}.json", _of_head(own))
     _write(target / "server_config.json", {})
@@ -91,11 +88,11 @@ def read_headvis(folder: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    where = Path(folder)
+    where = disk.readable(folder)
     try:
-        raw = {name: (where / name).read_bytes() for name in (CONFIG, NUMBERS)}
-    except OSError as error:
-        raise FormatError(f"{where.name} is no folder of HeadVis: {error.strerror}") from None
+        raw = {name: disk.content(where / name) for name in (CONFIG, NUMBERS)}
+    except (OSError, ValueError) as error:  # a name with characters that no path may have is a ValueError
+        raise FormatError(f"{where.name!r} is no folder of HeadVis: {getattr(error, 'strerror', error)}") from None
     names = [one.text() for one in parse(raw[CONFIG], CONFIG)["metrics"].list()]
     rows = []
     for row in parse(raw[NUMBERS], NUMBERS).list():

@@ -28,7 +28,7 @@ from workbench.hooks.split_models import check_unsplit
 from workbench.hooks.together import check_as_far
 from workbench.inputs import device_for_inputs, without_cache
 from workbench.session.workbench import Workbench
-from workbench.storage.resumable import kept_when_stopped
+from workbench.storage.resumable import file_of, kept_when_stopped
 from workbench.sweep.inputs import check_resumed
 from workbench.tokens import piece, visible
 from workbench.workers.engine import Engine, opened
@@ -101,7 +101,7 @@ def head_atlas_over(
     length = length_for(wb, frame, length)
     room = frame.room(length)
     most = None if tokens is None else max(2, tokens // room)
-    work = _Work(wb, frame, length, batch, sinks, recent, n_examples, None if resume is None else Path(resume))
+    work = _Work(wb, frame, length, batch, sinks, recent, n_examples, file_of(resume))
     rows = (
         windows_of(wb, corpus, frame, length) if most is None else islice(windows_of(wb, corpus, frame, length), most)
     )

@@ -106,7 +106,8 @@ class Sums:
         )
         least = self.weights.min(1).values
         for head, at in (weight > least[:, None]).nonzero().tolist():  # few, once strong ones are found
-            slot = int(self.weights[head].argmin())
+            lowest = self.weights[head] == self.weights[head].min()
+            slot = int(self.places[head, :, 0].where(lowest, -2).argmax())  # of equal looks the first stay
             if weight[head, at] <= self.weights[head, slot]:
                 continue
             self.weights[head, slot] = weight[head, at]
@@ -121,8 +122,9 @@ class Sums:
         return torch.cat(self.windows) if self.windows else torch.zeros(0, len(SCORES), self.heads)
 
     def in_order(self, atlas: CorpusAtlas) -> CorpusAtlas:
-        """The atlas with the strongest looks first."""
-        order = torch.argsort(atlas.weights, dim=1, descending=True, stable=True)
+        """The atlas with the strongest looks first, and of equal ones the first."""
+        by_window = atlas.places[..., 0].argsort(dim=1, stable=True)
+        order = by_window.gather(1, atlas.weights.gather(1, by_window).argsort(dim=1, descending=True, stable=True))
         texts = tuple(tuple(row[i] for i in each) for row, each in zip(atlas.texts, order.tolist(), strict=True))
         places, ids = (
             each.gather(1, order[..., None].expand(-1, -1, each.shape[2])) for each in (atlas.places, atlas.example_ids)

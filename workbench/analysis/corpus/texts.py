@@ -14,6 +14,7 @@ from workbench.analysis.head_scores.prompts import Ids, ids_of, is_one
 from workbench.errors import CaptureError
 from workbench.inputs import check_text, context_length
 from workbench.session.workbench import Workbench
+from workbench.storage import disk
 
 Corpus = Path | str | Iterable[Path | Ids]
 _LONGEST = 256  # tokens of a window, where the model takes as many
@@ -102,7 +103,7 @@ def _parts(corpus: Corpus) -> Iterable[Path | Ids]:
 def _ids(wb: Workbench, one: Any) -> Tensor:
     if isinstance(one, Path):
         try:
-            one = one.read_text(encoding="utf-8")
+            one = disk.text(one)
         except OSError as error:
             raise CaptureError(f"{one.name} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:

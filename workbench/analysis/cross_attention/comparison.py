@@ -27,7 +27,7 @@ from workbench.analysis.saliency.normalising import POOLINGS
 from workbench.analysis.saliency.preparing import prepare_encoder_decoder
 from workbench.errors import WorkbenchError, expect, nearest
 from workbench.session.workbench import Workbench
-from workbench.storage.resumable import kept_when_stopped
+from workbench.storage.resumable import file_of, kept_when_stopped
 from workbench.sweep.inputs import digest, plain
 
 _FRACTIONS = tuple(i / 20 for i in range(21))
@@ -126,6 +126,10 @@ def cross_attention_saliency(
             raise WorkbenchError(f"there is no method {saliency!r}", hint=nearest(saliency, METHODS, "method"))
     elif len(saliency) != len(given):
         raise WorkbenchError(f"there are {len(saliency)} pairs of saliency for {len(given)} utterances")
+    if own := [name for name in ("at", "hypothesis", "contrast") if name in options]:
+        raise WorkbenchError(
+            f"{own[0]} is no option of a comparison of several examples", hint='put the output into "labels" of each'
+        )
     if not 0 < level < 1:
         raise WorkbenchError(f"level lies between 0 and 1, and is not {level}")
     if orders:
@@ -156,7 +160,7 @@ def cross_attention_saliency(
         "number of utterances": len(heard),
         "saliency given": digest([plain({"scores": one.scores}) for pair in pairs or () for one in pair]),
     } | {name: digest(value) for name, value in settings.items()}
-    kept = Kept(None if resume is None else Path(resume), identity, wb.provenance())
+    kept = Kept(file_of(resume), identity, wb.provenance())
 
     def result() -> CrossAttentionSaliency:
         done = kept.examples

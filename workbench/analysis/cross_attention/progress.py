@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.cross_attention.result import Alignment, CrossAttentionSaliency, Drawn
-from workbench.errors import WorkbenchError
 from workbench.storage.result import Result
 from workbench.sweep.inputs import check_resumed
 
@@ -86,7 +85,6 @@ class Kept:
     Beside it stand files of the masks of the example that is under way; they go when the example is in the file.
 
     Raises:
-        WorkbenchError: there is no folder for the file.
         FormatError: the file is none of a comparison, or of another one.
     """
 
@@ -96,8 +94,6 @@ class Kept:
         self._saved = time.monotonic()
         if path is None:
             return
-        if not path.parent.is_dir():
-            raise WorkbenchError(f"there is no folder {path.parent}", hint="make the folder first")
         if path.exists():
             held = ComparisonProgress.load(path)
             check_resumed(held.identity, identity, path.name, "comparison")

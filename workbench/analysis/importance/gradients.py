@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.errors import WorkbenchError
+from workbench.errors import InterventionError, WorkbenchError
 from workbench.hooks.edits import Edit
 from workbench.hooks.sites import Site
 from workbench.hooks.split_models import check_unsplit
@@ -85,4 +85,10 @@ def _add(held: dict[str, Tensor], call: AttentionCall, found: Tensor) -> None:
     """Add what was found [batch, head]; of heads in other processes, which run the same, it comes from them."""
     if call.shard is not None:
         found = call.shard.gathered(call.shard.narrowed(found))
+    if call.site in held and held[call.site].shape != found.shape:
+        raise InterventionError(
+            f"the site runs on {len(found)} examples in one call and on {len(held[call.site])} in another, so that no "
+            "gradient is one example's",
+            site=call.site, hint="leave the gradient methods out",
+        )  # fmt: skip
     held[call.site] = held[call.site] + found.cpu() if call.site in held else found.cpu()

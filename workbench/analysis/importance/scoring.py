@@ -95,6 +95,11 @@ def head_importance(
     several = check_batches(wb.model, batches)
     wb.check_ready()
     chosen = _choose(wb, heads, several[0])
+    if not chosen:
+        raise InterventionError(
+            "the model has no heads that are read here",
+            hint="wb.sites lists its mixers, read and unread; of recurrent ones name heads: heads=(0, 1)",
+        )
     labels = _labels(chosen)
     of_parts = named_parts(partial_pruning)
     for name in of_parts:

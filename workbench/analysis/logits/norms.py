@@ -68,6 +68,8 @@ def find_norm(name: str, module: nn.Module, given: Tensor, gave: Tensor, eps: fl
         AttachError: it is none.
     """
     width = given.shape[-1]
+    if gave.shape != given.shape:
+        raise AttachError(f"{name} ({type(module).__name__}) gives vectors of another width than it is given")
     held: list[Tensor] = []
     for each, parameter in module.named_parameters():
         there = stored(module, each, parameter)

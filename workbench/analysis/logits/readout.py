@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.anatomy import find_head
-from workbench.analysis.circuits.model.recording import Recording, same_product
+from workbench.analysis.circuits.model.recording import Recording, equal, same_product
 from workbench.analysis.logits.norms import Norm, find_norm
 from workbench.errors import AttachError
 from workbench.hooks.configs import read
@@ -139,6 +140,16 @@ def find_readout(model: nn.Module, seen: Recording, end: str) -> Readout:
             "the output projection cannot be found: no module gives the logits",
             hint="logits are read in language models whose last module maps the residual stream to the vocabulary",
         )
+    several = (name for name in seen.order if name.startswith(f"{head}.") and name in seen.given)
+    inner = next((name for name in several if equal(seen.gave.get(name), seen.gave[head])), None)
+    if inner is not None:  # the last of several modules in one, such as norm and projection
+        with suppress(AttachError):
+            return _readout_through(model, seen, end, inner)
+    return _readout_through(model, seen, end, head)
+
+
+def _readout_through(model: nn.Module, seen: Recording, end: str, head: str) -> Readout:
+    """The way from the block `end` to the logits through a module that gives these, or what they are scaled from."""
     stream, eps = seen.gave[end], seen.eps
     steps: list[tuple[str, float]] = []
     norm, wanted, name = None, seen.given[head], head

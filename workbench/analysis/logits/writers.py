@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.joints import Joint, find_joint, only_call
 from workbench.analysis.circuits.model.layers import check_written, find_mlp
-from workbench.analysis.circuits.model.recording import Recording, record, same_sum
+from workbench.analysis.circuits.model.recording import Recording, check_batch_first, record, same_sum
 from workbench.analysis.logits.factors import find_factors
 from workbench.analysis.logits.norms import Norm, find_norm
 from workbench.analysis.logits.readout import Readout, find_readout
@@ -111,6 +111,9 @@ def towers(wb: Workbench) -> list[tuple[list[Site], list[str]]]:
     found: dict[str, list[Site]] = {}
     for site in wb.sites:
         found.setdefault(site.tower, []).append(site)
+    if not found:
+        raise AttachError("no attention of the model is read, so that no blocks are known",
+                          hint="wb.sites tells what mixes tokens unread, and why")  # fmt: skip
     crossing = [name for name, sites in found.items() if any(site.kind == "cross" for site in sites)]
     order = sorted(found, key=lambda name: (name in crossing, list(found).index(name)), reverse=True)
     result = []
@@ -142,6 +145,7 @@ def find_readout_of(
         if own[-1] not in seen.gave or any(seen.times.get(block, 0) != 1 for block in own):
             errors.append(AttachError(f"the block {own[-1]} did not run once in a forward", site=sites[-1].name))
             continue
+        check_batch_first(seen, own[0])
         try:
             return seen, sites, blocks, find_readout(wb.model, seen, own[-1])
         except AttachError as error:

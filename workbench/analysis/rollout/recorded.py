@@ -226,7 +226,7 @@ def _zeroing(wb: Workbench, one: SiteCapture, seen: _Seen) -> ZeroingMap:
     if one.projection is None or one.entering is not None or one.z is None or one.pattern.values is None:
         raise CaptureError("no module joins the heads' outputs as they are", site=one.site.name,
                            hint="a gate or a norm may lie between")  # fmt: skip
-    if seen.given[name].dim() != 3:
+    if seen.given[name].dim() != 3 or seen.given[name].shape[0] != 1:
         raise AttachError(f"the block {name} reads {list(seen.given[name].shape)}, and no one residual stream",
                           site=one.site.name, hint='only method="attention" needs no stream')  # fmt: skip
     args, kwargs = seen.calls[name]

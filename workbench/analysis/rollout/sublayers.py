@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.recording import Recording, same_sum
+from workbench.analysis.circuits.model.recording import Recording, check_batch_first, same_sum
 from workbench.analysis.logits.norms import Norm, find_norm
 from workbench.analysis.logits.writers import plain_joins_of, slices, writers_of_block
 from workbench.errors import AttachError
@@ -65,6 +65,7 @@ def find_sublayers(model: nn.Module, seen: Recording, sites: Sequence[Site], blo
         if seen.times.get(block, 0) != 1:
             raise AttachError(f"the block {block} ran {seen.times.get(block, 0)} times in one forward",
                               hint='only method="attention" needs no blocks')  # fmt: skip
+        check_batch_first(seen, block)
         own = [site for site, at in zip(sites, blocks, strict=True) if at == block]
         normed = _normed_sums(model, seen, own, block)
         if normed is not None:

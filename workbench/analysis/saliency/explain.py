@@ -28,6 +28,7 @@ from workbench.hooks.answering import answered
 from workbench.hooks.split_models import check_unsplit
 from workbench.hooks.together import check_as_far
 from workbench.session.workbench import Workbench
+from workbench.storage.resumable import file_of
 from workbench.workers.engine import Engine, opened
 
 METHODS = ("spes", "encoder_output", *gradients.METHODS)
@@ -194,9 +195,7 @@ def saliency(
     identity = _identity(subject, where, cells, masks, score, baseline) | {
         "weights": facts["provenance"]["weights_sha256"] or wb.weights_identity()
     }
-    file = Path(resume) if isinstance(resume, (str, Path)) else None
-    if file is not None and not file.parent.is_dir():
-        raise WorkbenchError(f"there is no folder {file.parent}", hint="make the folder first")
+    file = None if isinstance(resume, Saliency) else file_of(resume)
     begins = resume is None or (file is not None and not file.exists())
     sums = Sums.empty(len(subject.targets), counts) if begins else _resumed(file or resume, identity)
     check_as_far(wb.model, sums.done)

@@ -20,7 +20,7 @@ from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import FormatError
 from workbench.hooks.projections import Projection
 from workbench.hooks.sites import Site, Sites, Unread
-from workbench.storage import typed
+from workbench.storage import disk, typed
 from workbench.storage.parts import Part, each_text, parse
 from workbench.storage.store.journal import lines
 from workbench.storage.store.shards import Array, can_hold
@@ -281,7 +281,7 @@ def _all(shapes: Any) -> list[tuple[Family, int, Site]]:
 
 def _json(path: Path) -> Part:
     try:
-        return parse(path.read_bytes(), f"{path.parent.name}/{path.name}")
+        return parse(disk.content(path), f"{path.parent.name}/{path.name}")
     except OSError as error:
         raise FormatError(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}") from None
 

@@ -43,7 +43,7 @@ class StoreWriter:
 
     def __init__(self, path: Path, settings: Settings, lock: int) -> None:
         self.path, self._settings, self._held = path, settings, os.fstat(lock)
-        self._lock = threading.Lock()
+        self._lock, self._process = threading.Lock(), os.getpid()
         self._sites: Sites | None = None
         self._writers = Writers()
         journal = path / "forwards.jsonl"
@@ -57,13 +57,19 @@ class StoreWriter:
 
     def _go_on(self, stored: StoredRows | None = None) -> None:
         """Know what is there, and mend what was left half done by a killed process, an interrupt or a full disk."""
-        stored = read_rows(self.path) if stored is None else stored
+        try:
+            self._mend(read_rows(self.path) if stored is None else stored)
+        except OSError as error:
+            raise disk.failed(self.path, error) from error
+
+    def _mend(self, stored: StoredRows) -> None:
         self.n_forwards = len(stored.rows)
         self._vocabulary = dict(stored.vocabulary)
         self._shapes: dict[str, _Shape] = {}
         self._members: dict[str, str] = {}  # zarr's texts by path, for the root
         for name, shape in stored.shapes.items():
             made = _Shape(self.path / name, shape.families, shape.ids)
+            made.make_folders()
             made.write_names()
             made.rows = [row["forward"].integer() for row in stored.rows if row["shape"].value == name]
             self._shapes[shape.key] = made
@@ -115,7 +121,12 @@ class StoreWriter:
         return shape.stored.made(Part(told, "a forward"), self._vocabulary, projections)
 
     def _check_place(self) -> None:
-        """Raise a FileError where another folder, or none, stands where this one was."""
+        """Raise a FileError where another folder, or none, stands where this one was, and in a forked process."""
+        if self._forked:
+            raise FileError(
+                f"{self.path.name} is being written by the process that this one was forked from",
+                hint="in each process, open a capture with a store of its own",
+            )
         try:
             there = os.stat(self.path / LOCK)
         except OSError:
@@ -125,6 +136,11 @@ class StoreWriter:
                 f"{self.path.name} was moved, removed or replaced while it was being written",
                 hint="what was finished is where it was moved to; capture again with store= its new name",
             )
+
+    @property
+    def _forked(self) -> bool:
+        """Whether this is another process than the one that opened the store: both would write the same rows."""
+        return os.getpid() != self._process
 
     def _new_texts(self, forward: Forward) -> dict[int, str]:
         """The texts of tokens that were not seen before."""
@@ -157,7 +173,7 @@ class StoreWriter:
             said["unrecorded"] = [asdict(one) for one in unrecorded]
         if provenance:
             said["provenance"] = provenance
-        if said:
+        if said and not self._forked:
             with self._lock:
                 self._journal.add(said)
                 self._sites = sites
@@ -168,7 +184,8 @@ class StoreWriter:
 
     def close(self) -> None:
         """Nothing more is written."""
-        self._writers.close()
+        if not self._forked:  # whose threads are not here
+            self._writers.close()
         self._journal.close()
 
 
@@ -184,14 +201,21 @@ class _Shape:
 
     def begin(self, packed: Packed) -> None:
         """Make the folders, and write down what the arrays are."""
-        for folder, _, array in self._arrays:
-            (self.path / folder / array.name).mkdir(parents=True, exist_ok=True)
-        for family in self.families:
-            for name in ("site", "forward"):
-                (self.path / family.name / name).mkdir(parents=True, exist_ok=True)
+        self.make_folders()
         self.write_names()
-        self.path.mkdir(parents=True, exist_ok=True)
         _replace(self.path / "facts.json", json_text(packed.facts() | {"key": packed.key}).encode())
+
+    def make_folders(self) -> None:
+        """Have a folder for each array.
+
+        Raises:
+            OSError: one cannot be made, or is a link: a store is written in its own folder alone.
+        """
+        disk.inside(self.path.parent, self.path.name)
+        inner = [(folder, array.name) for folder, _, array in self._arrays]
+        inner += [(family.name, name) for family in self.families for name in ("site", "forward")]
+        for folder, name in inner:
+            disk.inside(self.path, folder, name)
 
     def write_names(self) -> None:
         """Write the sites' names, which all rows share."""
@@ -257,7 +281,8 @@ def _group_text() -> str:
 def _replace(path: Path, content: bytes) -> None:
     """Write a small file in one step. It is not flushed to the disk, which would take longer than a forward."""
     draft = path.with_name(f".{path.name}.draft")
-    draft.write_bytes(content)
+    with open(draft, "wb", opener=disk.plain) as file:
+        file.write(content)
     os.replace(draft, path)
 
 
@@ -294,7 +319,7 @@ def open_writer(
     """
     for module in ("google_crc32c", "pyarrow.parquet"):
         need(module, "a store")
-    folder = Path(path)
+    folder = disk.as_path(path)
     facts, tokens = settings.state()
     if tokens:
         raise CaptureError("a store takes the ids of each forward, not tokens=", hint="leave tokens= out")
@@ -307,7 +332,7 @@ def open_writer(
         if there and "workbench.json" not in there:
             raise FormatError(f"{folder.name} is a folder, and no store", hint="give the name of a new one")
         folder.mkdir(exist_ok=True)
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = disk.plain(folder / LOCK, os.O_RDWR | os.O_CREAT)
     except (OSError, ValueError) as error:  # a name with characters that no path may have is a ValueError
         raise disk.failed(folder, error) from error
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import random
 import time
@@ -153,9 +154,9 @@ def train(
             losses.clear()
             done["seconds"] = time.process_time() - began
             state = [each.state_dict() for each in kept]
-            part = checkpoint.with_suffix(".part")
-            torch.save({"model": model.state_dict(), "optimisers": state, "done": done}, part)
-            part.replace(checkpoint)
+            made = io.BytesIO()
+            torch.save({"model": model.state_dict(), "optimisers": state, "done": done}, made)
+            disk.write(checkpoint, made.getvalue())
             disk.write(folder / f"{kind}.json", json.dumps(done, indent=1))
     save(model.eval(), folder / f"{kind}.safetensors", done)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from workbench.errors import WorkbenchError
 from workbench.models.training.formats import FORMATS, IGNORE, held_out, to_tensors
+from workbench.storage import disk
 
 log = logging.getLogger(__name__)
 
@@ -160,10 +162,10 @@ class Trainer:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / "checkpoint.partial"
         state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
-        torch.save(state | {"progress": json.dumps(vars(self.progress)), "seed": self.seed}, partial)
-        partial.replace(self.folder / "checkpoint.pt")
+        made = io.BytesIO()
+        torch.save(state | {"progress": json.dumps(vars(self.progress)), "seed": self.seed}, made)
+        disk.write(self.folder / "checkpoint.pt", made.getvalue())
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint.

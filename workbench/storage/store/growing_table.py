@@ -44,7 +44,7 @@ class GrowingTable:
             FileError: the folder cannot be made. FormatError: what is there is no such table.
         """
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            disk.inside(self._folder.parents[1], *self._folder.parts[-2:])
         except OSError as error:
             raise disk.failed(self._folder, error) from error
         there = sorted(self._folder.glob("*.parquet"))
@@ -52,7 +52,7 @@ class GrowingTable:
             return 0
         try:
             self._number = int(there[-1].stem)
-            with there[-1].open("rb") as file:  # Arrow takes only names that are UTF-8
+            with open(there[-1], "rb", opener=disk.plain) as file:  # Arrow takes only names that are UTF-8
                 held = self._parquet.read_table(file).cast(self._schema)
             last = int(max(held[self._numbered].to_pylist()))
         except (self._arrow.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
@@ -80,7 +80,7 @@ class GrowingTable:
         draft = self._folder / ".draft"
         try:
             whole = self._arrow.concat_tables(self._parts).unify_dictionaries().combine_chunks()
-            with draft.open("wb") as file:
+            with open(draft, "wb", opener=disk.plain) as file:
                 self._parquet.write_table(whole, file, compression="zstd", compression_level=1, **self._form)
             os.replace(draft, target)
         except OSError as error:

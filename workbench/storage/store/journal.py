@@ -26,8 +26,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, _CLOSED
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            whole = _whole(path.read_bytes())
+            self._file = disk.plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            whole = _whole(disk.content(path))
             os.ftruncate(self._file, len(whole))
         except OSError as error:
             self.close()
@@ -67,7 +67,7 @@ def lines(path: Path) -> list[Part]:
         FormatError: there is no such file, or a line is no JSON.
     """
     try:
-        raw = path.read_bytes()
+        raw = disk.content(path)
     except OSError as error:
         raise FormatError(f"{path.name} cannot be read: {error.strerror}") from None
     return [parse(line, f"{path.name}, line {i + 1}") for i, line in enumerate(_whole(raw).split(b"\n")[:-1])]

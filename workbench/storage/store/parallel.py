@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from workbench.storage import disk
 from workbench.storage.store.shards import Array, Scratch
 
 _SMALL = 1 << 20  # bytes of a row, below which a thread would cost more than it saves
@@ -62,7 +63,7 @@ class Writers:
     def _one(self, array: Array, tensors: Sequence[Tensor], target: Path) -> None:
         if not hasattr(self._own, "scratch"):
             self._own.scratch = Scratch()
-        with open(target, "wb", buffering=0) as file:
+        with open(target, "wb", buffering=0, opener=disk.plain) as file:
             _reserve(file.fileno(), array.file_bytes)
             for piece in array.encode(tensors, self._own.scratch):
                 left = piece

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import FormatError
+from workbench.storage import disk
 from workbench.storage.store.extra import need
 from workbench.tokens import utf8
 
@@ -160,7 +161,7 @@ class Array:
         place = f"{folder.parent.name}/{folder.name}/{self.name}, row {row}"
         place += f", site {site}" if self.sites else ""
         try:
-            with path.open("rb", buffering=0) as file:
+            with open(path, "rb", buffering=0, opener=disk.plain) as file:
                 index = self._index(file.fileno(), place)
                 whole = list(range(self.heads)) if heads is None else list(heads)
                 chunks = [_chunk(file.fileno(), index[first + head], place, head, self.head_axis) for head in whole]

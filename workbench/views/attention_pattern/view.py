@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from workbench.capture.capture import Capture
+from workbench.counting import count
 from workbench.errors import CaptureError, ReportError
 from workbench.hooks.sites import Site
 from workbench.kernels.patterns import Pattern
@@ -257,7 +258,7 @@ def _caption(facts: Sequence[dict[str, Any]]) -> str:
     heads = sum(len(site["heads"]) for site in facts if site["mode"] != "missing")
     sizes = {(site["queries"], site["keys"]) for site in facts}
     size = f"{min(sizes)[0]:,} queries and {min(sizes)[1]:,} keys" if len(sizes) == 1 else "sites of several sizes"
-    return f"{heads:,} head{'' if heads == 1 else 's'} over {size}: a row is what its query looks at."
+    return f"{count(heads, 'head')} over {size}: a row is what its query looks at."
 
 
 def _notes(facts: Sequence[dict[str, Any]], shown: Any, n_top: int) -> Iterator[str]:

@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from workbench.counting import count
 from workbench.errors import ReportError
 from workbench.tokens import visible_text
 from workbench.views.base import scales
-from workbench.views.base.counting import count
 from workbench.views.base.few_colours import few_colours
 
 THEMES = {

@@ -18,11 +18,11 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from workbench import __version__
+from workbench.counting import count
 from workbench.errors import ReportError
 from workbench.storage.json_text import digest, finite, json_for_html
 from workbench.tokens import visible_text
 from workbench.views.base import modules
-from workbench.views.base.counting import count
 from workbench.views.base.kinds import kind_of
 from workbench.views.base.spec import KINDS, ViewSpec
 

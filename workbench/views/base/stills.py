@@ -30,7 +30,7 @@ class Stills:
         display(self._bundle(identity), raw=True, display_id=identity)
         self._shown.append(identity)
 
-    def outdate(self, *_: Any) -> None:
+    def outdate(self) -> None:
         """Say that what the pictures show has changed."""
         self._outdated = True
         try:

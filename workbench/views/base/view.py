@@ -53,6 +53,7 @@ class View(ABC):
         self.spec = spec
         self._shared = SHARED if selection is None else selection
         self._stills: Stills | None = None
+        self._follows = False
 
     @abstractmethod
     def picture(self, figure: Figure) -> None:
@@ -65,6 +66,7 @@ class View(ABC):
     @property
     def selection(self) -> Selection:
         """What is selected in this view and in those that show the same model, or the same inputs."""
+        self._follows = True
         return self._shared.of(self.spec.scope)
 
     @property
@@ -115,6 +117,11 @@ class View(ABC):
         if "widget" in self.__dict__:
             self.widget.spec = spec.to_live()
         if self._stills is not None:
+            self._stills.outdate()
+
+    def _followed(self, _: Selection) -> None:
+        """Pictures for which nobody has asked what is selected stay as they are."""
+        if self._follows and self._stills is not None:
             self._stills.outdate()
 
     def data(self) -> pd.DataFrame:
@@ -239,7 +246,7 @@ class View(ABC):
         display({"application/vnd.jupyter.widget-view+json": live, "text/plain": repr(self)}, raw=True)
         if self._stills is None:
             self._stills = Stills(shell, self._bundle)
-            self.on_select(self._stills.outdate)
+            self.on_select(self._followed)
         self._stills.show(identity)
 
     def __html__(self) -> Markup:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from workbench.analysis.conditioning.capacity import Capacity
+from workbench.counting import count
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base.drawing import SERIES
@@ -123,8 +124,8 @@ def capacity_curves(
         kind="capacity_curves",
         title=title,
         caption=(
-            f"{len(labels):,} heads, n up to {capacity.sizes[-1]:,} pairs; bands are 95 % intervals over draws of "
-            f"pairs. n*: where {MEASURE_LABELS[measure]} falls past {threshold:g}."
+            f"{count(len(labels), 'head')}, n up to {capacity.sizes[-1]:,} pairs; bands are 95 % intervals over "
+            f"draws of pairs. n*: where {MEASURE_LABELS[measure]} falls past {threshold:g}."
         ),
         facts={
             "heads": [

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from workbench.analysis.circuits.circuit import Circuit
+from workbench.counting import count
 from workbench.errors import ReportError, expect
 from workbench.tokens import visible
 from workbench.views.base import scales
-from workbench.views.base.counting import count
 from workbench.views.base.registry import register
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import ViewSpec

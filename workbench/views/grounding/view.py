@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from workbench.analysis.grounding import Grounding, ImagePlaces, grounding_of
+from workbench.counting import count
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import scales
-from workbench.views.base.counting import count
 from workbench.views.base.selection import Selection, SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View
@@ -155,7 +155,7 @@ def grounding(
         title=title,
         caption=caption
         or f"{count(heads, 'head')} at {count(rows, 'position')}, {count(patches, 'patch', 'patches')} of "
-        f"{len(found.names):,} picture{'s' if len(found.names) > 1 else ''}: what share of a row's weight is on each.",
+        f"{count(len(found.names), 'picture')}: what share of a row's weight is on each.",
         facts={
             "rows": [
                 {"position": p, "token": visible(t), "writes": visible(w) if w else ""}

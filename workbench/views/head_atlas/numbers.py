@@ -14,6 +14,7 @@ import torch
 from workbench.analysis.statistics.intervals import means_t
 from workbench.capture.capture import Capture
 from workbench.capture.padding import without_padding
+from workbench.counting import count
 from workbench.errors import ReportError
 from workbench.hooks.sites import Kind, Site
 from workbench.views.base.given import real_numbers
@@ -35,8 +36,8 @@ def of_capture(capture: Capture) -> tuple[list[Site], dict[str, Quantity], Any, 
         for c in call:
             n_heads[c.site.name] = max(n_heads.get(c.site.name, 0), c.shape[1])
     metrics = {name: m for name in capture.statistics if (m := quantity(name)) is not None}
-    count = sum(n_heads.values())
-    values, low, high = (np.full((len(metrics), count), np.nan) for _ in range(3))
+    total = sum(n_heads.values())
+    values, low, high = (np.full((len(metrics), total), np.nan) for _ in range(3))
     entries = 0
     for i, name in enumerate(metrics):
         start = 0
@@ -55,7 +56,7 @@ def of_capture(capture: Capture) -> tuple[list[Site], dict[str, Quantity], Any, 
             start += n_heads[site]
         metrics[name] = replace(metrics[name], meaning=metrics[name].meaning + _over(counted))
     resized = [replace(site, n_heads=n_heads[name]) for name, site in sites.items()]
-    over = f"Means over the queries of {entries} sequence{'' if entries == 1 else 's'}" if entries else "No statistics"
+    over = f"Means over the queries of {count(entries, 'sequence')}" if entries else "No statistics"
     return resized, metrics, values, low, high, over
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from workbench.capture.capture import Capture
+from workbench.counting import count
 from workbench.errors import ReportError, nearest
 from workbench.hooks.sites import Kind, Site
 from workbench.tokens import visible
 from workbench.views.base import scales
-from workbench.views.base.counting import count
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View

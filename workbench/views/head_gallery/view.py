@@ -10,11 +10,11 @@ import numpy as np
 
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.capture.capture import Capture
+from workbench.counting import count
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.attention_pattern.pyramid import dequantise
 from workbench.views.base import scales
-from workbench.views.base.counting import count
 from workbench.views.base.given import real_numbers
 from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec

@@ -12,11 +12,11 @@ from workbench.analysis.circuits.roles import HeadRoles
 from workbench.analysis.importance import HeadImportance
 from workbench.analysis.logits import LogitAttribution
 from workbench.capture.capture import Capture
+from workbench.counting import count
 from workbench.errors import ReportError, expect, nearest
 from workbench.hooks.sites import Site
 from workbench.tokens import visible
 from workbench.views.base import scales
-from workbench.views.base.counting import count
 from workbench.views.base.selection import Selection, SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View

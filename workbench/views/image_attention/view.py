@@ -14,6 +14,7 @@ from torch import Tensor
 from workbench.analysis.profile.measuring import choose_sites, labels_of, locate
 from workbench.analysis.profile.places import Places
 from workbench.capture.capture import Capture
+from workbench.counting import count
 from workbench.errors import ReportError, expect
 from workbench.tokens import visible
 from workbench.views.base import scales
@@ -183,8 +184,8 @@ def image_attention(
         kind="image_attention",
         title=title,
         caption=caption
-        or f"{len(heads):,} heads on {n:,} images of {places.rows} x {places.columns} patches: weights of each query "
-        f"over all keys, of which those on patches are drawn."
+        or f"{count(len(heads), 'head')} on {count(n, 'image')} of {places.rows} x {places.columns} patches: weights "
+        f"of each query over all keys, of which those on patches are drawn."
         + ("" if windows is None else " Lines are where windows meet.")
         + ("" if begins is None else f" {begins.why}"),
         facts={

@@ -9,6 +9,7 @@ import numpy as np
 
 from workbench.analysis.profile.measuring import labels_of
 from workbench.capture.capture import Capture
+from workbench.counting import count
 from workbench.errors import CaptureError, ReportError, WorkbenchError
 from workbench.hooks.sites import Site
 from workbench.tokens import piece, visible, visible_text
@@ -266,8 +267,7 @@ def _caption(ran: Ran, provenance: Mapping[str, Any]) -> str:
     text = " ".join(ran.prompt.split())
     shown = text if len(text) <= _PROMPT else f"{text[: _PROMPT // 2]} … {text[-_PROMPT // 2 :]}"
     where = "at the masks of" if ran.masked else "after"
-    n = len(ran.edits)
-    edits = f", as it is and with {n} ablation{'s' if n > 1 else ''}" if n else ""
+    edits = f", as it is and with {count(len(ran.edits), 'ablation')}" if ran.edits else ""
     return f"What {visible_text(model)} says {where} “{visible_text(shown)}”{edits}."
 
 

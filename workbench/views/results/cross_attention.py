@@ -9,6 +9,7 @@ import numpy as np
 from workbench.analysis.cross_attention.maps_result import CrossAttention
 from workbench.analysis.cross_attention.result import CURVES, CrossAttentionSaliency
 from workbench.analysis.saliency.result import Saliency
+from workbench.counting import count
 from workbench.errors import ReportError
 from workbench.tokens import plotly_text, visible
 from workbench.views.base.drawing import SERIES
@@ -114,8 +115,9 @@ def atlas(found: CrossAttentionSaliency, *, selection: SharedSelection | None = 
         scores,
         title="Correlation per head",
         caption=(
-            f"Mean correlation of each head's cross-attention with saliency over {_utterances(found)}"
-            f"{_interval(found)}.{f' Alignment heads of the model: {marked}.' if marked else ''}"
+            "Mean correlation of each head's cross-attention with saliency over "
+            f"{count(found.n_utterances, 'utterance')}{_interval(found)}."
+            f"{f' Alignment heads of the model: {marked}.' if marked else ''}"
         ),
         signed=True,
         kind="cross",
@@ -157,8 +159,9 @@ def averages(found: CrossAttentionSaliency, *, selection: SharedSelection | None
         fig,
         title="Correlation of heads and of their averages",
         caption=(
-            f"Attention against saliency over {_utterances(found)}{_interval(found)}: {which} (LxHy), the mean of a "
-            "layer's heads (Lx), of all heads, and of the alignment heads where the model names some."
+            f"Attention against saliency over {count(found.n_utterances, 'utterance')}{_interval(found)}: {which} "
+            "(LxHy), the mean of a layer's heads (Lx), of all heads, and of the alignment heads where the model names "
+            "some."
         ),
         table=table,
         notes=_undefined(found),
@@ -220,8 +223,8 @@ def curves(
         fig,
         title="Deletion and insertion",
         caption=(
-            f"Mean over {_utterances(found)} as the cells of the input that each map ranks highest are removed, or "
-            f"alone kept. {better} in deletion, and {other} and fast in insertion, is more faithful."
+            f"Mean over {count(found.n_utterances, 'utterance')} as the cells of the input that each map ranks highest "
+            f"are removed, or alone kept. {better} in deletion, and {other} and fast in insertion, is more faithful."
         ),
         table=rows,
         provenance=found.provenance,
@@ -361,10 +364,6 @@ def _nan_mean(values: np.ndarray) -> float:
 
 def _method(name: str) -> str:
     return "SPES" if name == "spes" else name.replace("_", " ")
-
-
-def _utterances(found: CrossAttentionSaliency) -> str:
-    return f"{found.n_utterances} utterance{'' if found.n_utterances == 1 else 's'}"
 
 
 def _interval(found: CrossAttentionSaliency) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.analysis.eviction import Eviction
+from workbench.counting import count
 from workbench.views.base.registry import register
 from workbench.views.base.view import View
 from workbench.views.figure import figure
@@ -31,7 +32,7 @@ def _view_of_eviction(found: Eviction) -> View:
         title=f"Eviction: {found.policy}", unit="share", signed=False,
         caption=(
             f"Weight of a query on keys that a cache has dropped which keeps {found.budget}; a mean over the queries "
-            f"of {_examples(found)}."
+            f"of {count(found.lost.shape[1], 'example')}."
         ),
         provenance=found.provenance,
     )  # fmt: skip
@@ -84,11 +85,6 @@ def _place(found: Eviction, row: Mapping[Any, Any]) -> int:
 def _frame(table: pd.DataFrame, value: str, interval: bool) -> pd.DataFrame:
     columns = ["layer", "head", value, *(["low", "high"] if interval else [])]
     return table[columns].rename(columns={value: "value"})
-
-
-def _examples(found: Eviction) -> str:
-    n = found.lost.shape[1]
-    return "one example" if n == 1 else f"{n:,} examples"
 
 
 register(Eviction, _view_of_eviction, _more_of_eviction)

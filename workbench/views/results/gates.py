@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from workbench.analysis.gates import GateProfile
+from workbench.counting import count
 from workbench.tokens import plotly_text
 from workbench.views.base.registry import register
 from workbench.views.base.view import View
@@ -27,7 +28,8 @@ def _view_of_profile(found: GateProfile) -> View:
     }  # fmt: skip
     return head_atlas(
         scores, title="Gates", kind="gate",
-        caption=f"The factor of each head of {len(found.gates):,} gates, over {_examples(found)} and all positions.",
+        caption=f"The factor of each head of {count(len(found.gates), 'gate')}, over "
+        f"{count(found.n_examples, 'example')} and all positions.",
         provenance=found.provenance,
     )  # fmt: skip
 
@@ -58,15 +60,11 @@ def _maps_of_profile(found: GateProfile) -> list[View]:
     return [
         figure(
             fig, title="Gates over positions",
-            caption=f"The mean factor at each position, over {_examples(found)} and the heads of a gate; each map "
-            f"from its least to its greatest.{left}",
+            caption=f"The mean factor at each position, over {count(found.n_examples, 'example')} and the heads of a "
+            f"gate; each map from its least to its greatest.{left}",
             table=found.table, provenance=found.provenance,
         )
     ]  # fmt: skip
-
-
-def _examples(found: GateProfile) -> str:
-    return "one example" if found.n_examples == 1 else f"{found.n_examples:,} examples"
 
 
 register(GateProfile, _view_of_profile, _maps_of_profile)

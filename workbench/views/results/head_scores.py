@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from workbench.analysis.head_scores import RetrievalScores, StreamingScores
+from workbench.counting import count
 from workbench.views.base.registry import register
 from workbench.views.base.view import View
 from workbench.views.head_atlas import head_atlas
@@ -14,7 +15,8 @@ def _view_of_retrieval(found: RetrievalScores) -> View:
     """Every head on the atlas."""
     return head_atlas(
         {"retrieval": _frame(found.table, "score", True)}, title="Retrieval heads", unit="share", signed=False,
-        caption=f"Share of the needle's tokens that each head copied; a mean over {_prompts(found.needles)}.",
+        caption=f"Share of the needle's tokens that each head copied; a mean over "
+        f"{count(len(found.needles), 'prompt')}.",
         provenance=found.provenance,
     )  # fmt: skip
 
@@ -30,7 +32,7 @@ def _view_of_streaming(found: StreamingScores) -> View:
         title="Streaming heads", unit="share", signed=False,
         caption=(
             f"What each head's output changes by with {found.sinks} sinks and {found.recent} recent keys alone, as a "
-            f"share of its length; a mean over {_prompts(found.lengths)}."
+            f"share of its length; a mean over {count(len(found.lengths), 'prompt')}."
         ),
         provenance=found.provenance,
     )  # fmt: skip
@@ -39,10 +41,6 @@ def _view_of_streaming(found: StreamingScores) -> View:
 def _frame(table: pd.DataFrame, value: str, interval: bool) -> pd.DataFrame:
     columns = ["layer", "head", value, *(["low", "high"] if interval else [])]
     return table[columns].rename(columns={value: "value"})
-
-
-def _prompts(several: tuple[int, ...]) -> str:
-    return "one prompt" if len(several) == 1 else f"{len(several):,} prompts"
 
 
 register(RetrievalScores, _view_of_retrieval)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from workbench.analysis.atlas import PatternAtlas
 from workbench.analysis.atlas.names import UNNAMED
-from workbench.views.base.counting import count
+from workbench.counting import count
 from workbench.views.base.drawing import SERIES
 from workbench.views.base.registry import register
 from workbench.views.base.view import View
@@ -154,8 +154,7 @@ def _evidence(atlas: PatternAtlas) -> View:
 
 
 def _cluster(atlas: PatternAtlas, cluster: int) -> str:
-    n = len(atlas.members(cluster))
-    return f"{cluster}: {atlas.cluster_names[cluster]}, {n} head{'' if n == 1 else 's'}"
+    return f"{cluster}: {atlas.cluster_names[cluster]}, {count(len(atlas.members(cluster)), 'head')}"
 
 
 def _sites(atlas: PatternAtlas) -> list[str] | None:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from workbench.analysis.profile import AttentionProfile
 from workbench.analysis.profile.result import bin_name
+from workbench.counting import count
 from workbench.tokens import visible
 from workbench.views.base.drawing import SERIES
 from workbench.views.base.registry import register
@@ -234,8 +235,7 @@ def _sites(profile: AttentionProfile) -> list[str] | None:
 
 
 def _where(profile: AttentionProfile) -> str:
-    things = "image" if profile.kind == "image" else "text"
-    return f"{profile.n_examples:,} {things}{'' if profile.n_examples == 1 else 's'}"
+    return count(profile.n_examples, "image" if profile.kind == "image" else "text")
 
 
 def _sink_name(profile: AttentionProfile) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from workbench.capture.capture import Capture
 from workbench.capture.site_capture import SiteCapture
+from workbench.counting import count
 from workbench.errors import CaptureError, ReportError, WorkbenchError, expect
 from workbench.hooks.sites import Site
 from workbench.kernels.recurrent import RecurrentPattern
@@ -62,11 +63,10 @@ def half_lives(capture: Capture, *, selection: SharedSelection | None = None) ->
     shown = (1, 0, 2) if several else (1,)
     scores = {"log₂ half-life" if k == 1 else f"log₂, {names[k]}": _frame(rows, k, log=True) for k in shown}
     scores["half-life"] = _frame(rows, 1, log=False)
-    heads = f"{len(rows):,} head{'' if len(rows) == 1 else 's'}"
     return head_atlas(
         scores, title="Half-lives", unit="positions", kind="state",
-        caption=f"In how many positions decay halves what each of {heads} holds, on average over the input; of a "
-        "logarithm below 0 in less than one.",
+        caption=f"In how many positions decay halves what each of {count(len(rows), 'head')} holds, on average over "
+        "the input; of a logarithm below 0 in less than one.",
         provenance=capture.provenance, selection=selection,
     )  # fmt: skip
 
@@ -131,8 +131,8 @@ def states(
         sites=[one.site.name] * len(which),
         numbers={name: value.cpu().numpy() for name, value in numbers.items()},
         title="States",
-        caption=f"What {len(which):,} heads of {one.site.name} hold, {moments}: the size of each of {rows:,} rows "
-        "of the state.",
+        caption=f"What {count(len(which), 'head')} of {one.site.name} hold, {moments}: the size of each of {rows:,} "
+        "rows of the state.",
         provenance=capture.provenance,
         selection=selection,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from workbench.analysis.spikes import SpikeActivity
+from workbench.counting import count
 from workbench.tokens import visible
 from workbench.views.base.registry import register
 from workbench.views.base.view import View
@@ -29,8 +30,8 @@ def _view_of_spikes(found: SpikeActivity) -> View:
     )
     return figure(
         fig, title="Spikes",
-        caption=f"Spikes of a neuron at each step, a mean over neurons and {_examples(found)}. {dead:.1f} % of all "
-        f"neurons never fired, {saturated:.1f} % fired at every step.",
+        caption=f"Spikes of a neuron at each step, a mean over neurons and {count(found.examples, 'example')}. "
+        f"{dead:.1f} % of all neurons never fired, {saturated:.1f} % fired at every step.",
         table=found.table, provenance=found.provenance,
     )  # fmt: skip
 
@@ -79,10 +80,6 @@ def _energy(found: SpikeActivity) -> View:
         "norms and memory are left out.",
         table=found.operations, provenance=found.provenance,
     )  # fmt: skip
-
-
-def _examples(found: SpikeActivity) -> str:
-    return "one example" if found.examples == 1 else f"{found.examples:,} examples"
 
 
 register(SpikeActivity, _view_of_spikes, _more_of_spikes)

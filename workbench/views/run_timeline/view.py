@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from workbench.capture.capture import Capture
+from workbench.counting import count
 from workbench.errors import ReportError, expect
-from workbench.views.base.counting import count
 from workbench.views.base.drawing import SERIES
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import ViewSpec

@@ -5,7 +5,8 @@ const ARRAYS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i1: Int8Array
 async function bytesOf(block) {
   if (block.data) return block.data.buffer.slice(block.data.byteOffset, block.data.byteOffset + block.data.byteLength);
   const raw = atob(block.base64);
-  const bytes = Uint8Array.from({ length: raw.length }, (_, i) => raw.charCodeAt(i));
+  const bytes = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
   if (!block.deflate) return bytes.buffer;
   const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Response(plain).arrayBuffer();

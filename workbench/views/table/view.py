@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from workbench.counting import count
 from workbench.errors import ReportError
 from workbench.tokens import visible_text
 from workbench.views.base import scales
-from workbench.views.base.counting import count
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from workbench.counting import count
 from workbench.errors import ReportError, expect
 from workbench.tokens import visible
 from workbench.views.base import scales
@@ -129,7 +130,7 @@ def token_strip(
     spec = ViewSpec(
         kind="token_strip",
         title=title,
-        caption=caption or f"{len(tokens):,} tokens, coloured by {', '.join(found)}.",
+        caption=caption or f"{count(len(tokens), 'token')}, coloured by {', '.join(found)}.",
         facts=facts,
         blocks={"values": np.stack(list(found.values())).astype(np.float32)},
         table={"position": np.arange(len(tokens), dtype=np.int32), "token": shown, **found},

@@ -183,8 +183,13 @@ class WhatIf {
     }
     this.about.textContent = facts.rules.find(({ name }) => name === settings.rule).about;
     this.warn();
-    this.drawPowers();
-    this.drawStack();
+    const draw = () => {
+      this.drawPowers();
+      this.drawStack();
+    };
+    cancelAnimationFrame(this.drawing);
+    if (spoken) this.drawing = requestAnimationFrame(draw); // once a frame, however many values a slider moves through
+    else draw();
     if (spoken) this.frame.say(this.summary());
   }
 

@@ -114,7 +114,7 @@ class _Patched:
         self.patched, self.start = patched.to(clean["input", 0].device), start
         self.times, self.layers = len(patched), setup.stream.anatomy.layers
         self.reading: dict[Key, Tensor] = {}
-        # By stream [variant, batch, sender, position, d_model], in the order of the graph.
+        # By stream [variant, sender, batch, position, d_model], in the order of the graph.
         self.differences: list[list[Tensor]] = [[] for _ in setup.graph.streams]
         for s in range(len(setup.graph.streams)):
             self._unchanged(("input", s))
@@ -156,11 +156,11 @@ class _Patched:
         mine = self.differences[stream_of(self.setup, key)]
         if key[0] == "z":
             w_o = self.layers[key[1]].w_o.to(difference.dtype)
-            mine.append(torch.einsum("nbthw,hwd->nbhtd", difference, w_o))
+            mine.append(torch.einsum("nbthw,hwd->nhbtd", difference, w_o))
         elif key[0] == "mlp":
-            mine.append(self.layers[key[1]].added_by_mlp(difference)[:, :, None])
+            mine.append(self.layers[key[1]].added_by_mlp(difference)[:, None])
         else:
-            mine.append(difference[:, :, None])
+            mine.append(difference[:, None])
 
     def _writes(self, key: Key) -> Hook:
         def hook(value: Tensor) -> None:
@@ -174,14 +174,25 @@ class _Patched:
 
         return hook
 
+    def _senders(self, which: int) -> Tensor:
+        """[variant, sender, batch, position, d_model]: all differences of a stream so far, put together once."""
+        mine = self.differences[which]
+        if len(mine) > 1:
+            mine[:] = [torch.cat(mine, dim=1)]
+        return mine[0]
+
     def _moved(self, stream: Tensor, columns: list[int]) -> Tensor:
-        """[variant · batch, receiver, position, d_model]: the streams of some receivers that read the same senders."""
+        """[variant, receiver, batch, position, d_model]: the streams of some receivers that read the same senders."""
         graph = self.setup.graph
         reads, which = graph.reads[columns[0]], graph.receiver_spot(graph.receivers[columns[0]]).stream
-        senders = torch.cat(self.differences[which], dim=2)[:, :, : len(reads)]
+        senders = self._senders(which)[:, : len(reads)]
         mask = self.patched[:, reads.start : reads.stop, columns].to(senders.dtype)
-        moved = torch.einsum("nsr,nbstd->nbrtd", mask, senders).flatten(0, 1)
-        return stream[:, None] + moved.to(stream.dtype)
+        moved = (mask.mT @ senders.flatten(2)).unflatten(2, senders.shape[2:])
+        return stream.unflatten(0, (self.times, -1))[:, None] + moved.to(stream.dtype)
+
+    def _alone(self, stream: Tensor, columns: list[int]) -> Tensor:
+        """[variant · batch, position, d_model]: the stream of a single receiver."""
+        return self._moved(stream, columns)[:, 0].flatten(0, 1)
 
     def _chosen(self, columns: range) -> list[int]:
         """Those of the columns in which anything is patched."""
@@ -200,7 +211,7 @@ class _Patched:
             heads = [column - mine.start for column in columns]
             read = self.reading[anatomy.read_at(i, part)]
             streams = anatomy.function(reader.norm)(self._moved(read, columns))
-            made = torch.einsum("brtd,rwd->btrw", streams, reader.weight[heads].to(streams.dtype))
+            made = torch.einsum("nrbtd,rwd->nbtrw", streams, reader.weight[heads].to(streams.dtype)).flatten(0, 1)
             made = made if reader.bias is None else made + reader.bias[heads].to(made.dtype)
             return old.index_copy(2, torch.tensor(heads, device=old.device), made.to(old.dtype))
 
@@ -214,7 +225,7 @@ class _Patched:
             columns = self._chosen(mine)
             if not columns:
                 return None
-            made: Tensor = self.setup.stream.anatomy.function(norm)(self._moved(self.reading[read, i], columns)[:, 0])
+            made: Tensor = self.setup.stream.anatomy.function(norm)(self._alone(self.reading[read, i], columns))
             return made
 
         return hook
@@ -222,4 +233,4 @@ class _Patched:
     def _final(self, old: Tensor) -> Tensor | None:
         last = len(self.setup.graph.receivers) - 1
         columns = self._chosen(range(last, last + 1))
-        return self._moved(old, columns)[:, 0] if columns else None
+        return self._alone(old, columns) if columns else None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.circuits.engine.setup import Setup
 from workbench.analysis.circuits.model.graph import Graph
-from workbench.errors import FormatError, WorkbenchError
+from workbench.errors import FormatError
 from workbench.storage.result import Result
 from workbench.sweep.inputs import check_resumed
 
@@ -89,7 +89,6 @@ def start(setup: Setup, path: Path | None, **settings: Any) -> Pruning:
         settings: of the pruning, for the identity.
 
     Raises:
-        WorkbenchError: there is no folder for the file.
         FormatError: the file is no pruning, truncated, changed, or of another model, task or settings.
     """
     graph, identity = setup.graph, setup.identity(**settings)
@@ -99,8 +98,6 @@ def start(setup: Setup, path: Path | None, **settings: Any) -> Pruning:
         if held.kept.shape != graph.exists.shape:
             raise FormatError(f"{path.name} has other edges", hint="was the model's form changed? give a new file")
         return held
-    if path is not None and not path.parent.is_dir():
-        raise WorkbenchError(f"there is no folder {path.parent}", hint="make the folder first")
     return Pruning(
         model=graph.facts, kept=graph.exists.clone(),
         scores=torch.full(graph.exists.shape, torch.nan, dtype=torch.float64), place=0,

@@ -224,4 +224,8 @@ def find_head(seen: Recording) -> str | None:
         ):
             return name
     last = [n for n in seen.order if n in seen.gave and seen.gave[n].shape == getattr(seen.logits, "shape", None)]
-    return last[-1] if last else None
+    if not last:
+        return None
+    behind = seen.order[len(seen.order) - seen.order[::-1].index(last[-1]) :]
+    # What the logits are made of by more than a scale or a cap is no head, though an MLP may be as wide.
+    return last[-1] if all(last[-1].startswith(f"{name}.") for name in behind) else None

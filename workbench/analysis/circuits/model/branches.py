@@ -25,7 +25,7 @@ from workbench.analysis.circuits.model.anatomy import (
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.modules import Branches
 from workbench.analysis.circuits.model.nodes import Layer
-from workbench.analysis.circuits.model.recording import Recording, equal, record, same_sum
+from workbench.analysis.circuits.model.recording import Recording, check_batch_first, equal, record, same_sum
 from workbench.errors import AttachError
 from workbench.hooks.sites import Site
 from workbench.session.workbench import Workbench
@@ -99,6 +99,7 @@ def _check_blocks(seen: Recording, sites: Sequence[Site], blocks: Sequence[str])
                 f"the block {block} reads {list(given.shape)} and gives {list(gave.shape)}, and no one residual stream",
                 site=site.name,
             )
+        check_batch_first(seen, block)
         if block in blocks[:i] and (block != blocks[i - 1] or site.kind != "cross" or sites[i - 1].kind == "cross"):
             raise AttachError(f"the block {block} has two attention modules", site=site.name)
 

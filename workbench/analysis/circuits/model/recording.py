@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import CaptureError, WorkbenchError
+from workbench.errors import AttachError, CaptureError, WorkbenchError
 from workbench.hooks.changes import Changes
 from workbench.hooks.compiled.regions import check_not_compiled
 from workbench.hooks.listener import Listener
@@ -170,6 +170,20 @@ def equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
 
 
+def check_batch_first(seen: Recording, block: str) -> None:
+    """Refuse a block whose stream has its positions before the batch, as it is in the one example that was run.
+
+    Raises:
+        AttachError: it has.
+    """
+    given = seen.given.get(block)
+    if given is not None and given.dim() == 3 and given.shape[0] != 1:
+        raise AttachError(
+            f"the block {block} reads {list(given.shape)} of one example, and no stream [batch, position, d_model]",
+            hint="captures, ablations, head_importance and run_sweep work where positions come first",
+        )
+
+
 def same_sum(a: Tensor, b: Tensor, size: Tensor, eps: float) -> bool:
     """Whether two sums are equal up to roundings.
 
@@ -195,6 +209,8 @@ def factors_between(before: Tensor, parts: Tensor, after: Tensor, eps: float) ->
 
     None where there are no such numbers, or where one is next to nothing. `eps` as of `same_sum`.
     """
+    if before.shape != after.shape or parts.shape[:-1] != after.shape:
+        return None
     before, parts = before.double(), parts.double()
     solved = torch.linalg.lstsq(parts.flatten(0, -2), (after.double() - before).flatten()[:, None]).solution[:, 0]
     for factors in (torch.ones_like(solved), solved):

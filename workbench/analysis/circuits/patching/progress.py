@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.analysis.circuits.engine.setup import Setup
-from workbench.errors import FormatError, WorkbenchError
+from workbench.errors import FormatError
 from workbench.hooks.together import done_by_all
 from workbench.storage.result import Result
 from workbench.sweep.inputs import check_resumed
@@ -82,7 +82,6 @@ def start(
         settings: of the patching, for the identity.
 
     Raises:
-        WorkbenchError: there is no folder for the file.
         FormatError: the file is no patching, truncated, changed, or of another model, task or settings.
     """
     identity = setup.identity(units=list(units), places=list(places), **settings)
@@ -92,8 +91,6 @@ def start(
         check_resumed(held.identity, identity, path.name, "patching")
         if held.done.shape != shape or held.effects.shape[-1] != len(setup.task):
             raise FormatError(f"{path.name} has other patches than it says", hint="give a new file")
-    elif path is not None and not path.parent.is_dir():
-        raise WorkbenchError(f"there is no folder {path.parent}", hint="make the folder first")
     else:
         held = Patching(
             units=units, places=places,

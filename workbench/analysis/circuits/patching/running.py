@@ -20,7 +20,7 @@ from workbench.analysis.circuits.engine.stream import Kept, Key
 from workbench.analysis.circuits.patching.places import Place
 from workbench.analysis.circuits.patching.progress import Patching, PatchingInterrupted, start
 from workbench.errors import InterventionError
-from workbench.storage.resumable import kept_when_stopped
+from workbench.storage.resumable import file_of, kept_when_stopped
 
 _SAVE_EVERY = 30.0  # seconds
 
@@ -95,7 +95,7 @@ def run_patches(
     Raises:
         FormatError: the file is of another patching. PatchingInterrupted: on Ctrl-C, with what is done.
     """
-    path = Path(resume) if resume is not None else None
+    path = file_of(resume)
     names = tuple(unit.name for unit in units), tuple(place.name for place in places)
     now = start(setup, path, *names, **settings)
 

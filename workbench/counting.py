@@ -1,6 +1,8 @@
-"""How many there are of something, in words."""
+"""Numbers and what they count, in words."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def count(number: int, noun: str, several: str | None = None) -> str:
@@ -13,3 +15,12 @@ def count(number: int, noun: str, several: str | None = None) -> str:
     ('1 head', '1,200 heads', '2 queries')
     """
     return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
+
+
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """What has these numbers.
+
+    >>> numbered("Figure", [2]), numbered("Section", [1, 3])
+    ('Figure 2', 'Sections 1, 3')
+    """
+    return f"{noun if len(numbers) == 1 else f'{noun}s'} {', '.join(map(str, numbers))}"
