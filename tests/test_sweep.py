@@ -171,7 +171,7 @@ def test_metrics_by_name_and_against_the_clean_output(wb: Workbench, batches: li
     assert (found.clean[1] == 0).all()
     assert (found.values[0, 1] > 0).all()
     assert list(found.table["metric"]) == ["weighed", "moved"]
-    assert "1 variants, 6 examples" in repr(found)
+    assert "1 variant, 6 examples" in repr(found)
 
 
 def last_only(output: Any, batch: Batch) -> Tensor:

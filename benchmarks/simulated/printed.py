@@ -45,7 +45,7 @@ PRINTED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
         ("share",),
     ),
     ("proportions", "analysis.circuits.repair"): ("`Repair.table`, accuracies", ("proportion",)),
-    ("mean_t", "analysis.circuits.repair"): ("`Repair.table`, changes of attention", ("mean",)),
+    ("mean_t", "analysis.circuits.repair"): ("`Repair.change`, changes of attention in `Repair.table`", ("mean",)),
     ("drawn_t", "analysis.circuits.overlap"): (
         "`CircuitOverlap.intervals`, `stages`, `curve`",
         ("overlap of heads", "overlap of edges"),

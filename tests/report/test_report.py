@@ -197,7 +197,7 @@ def test_limits_are_made_of_facts(make_capture: Any) -> None:
     report = Report("t").add(make_capture(keep=False)).add(many).add(Scores([0.0] * 70, {"model": "m"}))
     said = report.to_html().partition('id="limits"')[2].partition("</ul>")[0]
     for part in (
-        "The captures are of 1 prompt",
+        "The captures are of 1 example",
         "not verified",
         "the patterns of 2 sites were not kept",
         "the weights have no hash",

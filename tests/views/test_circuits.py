@@ -132,5 +132,5 @@ def test_stability_and_repair_are_bars(tmp_path: Path) -> None:
     )  # fmt: skip
     view = of(repaired)
     np.testing.assert_allclose(np.asarray(lines(view)[0]["x"]), [0.5, 0.75, 0.5, 0.25])
-    assert "0.500 before and 0.750 after, a change of 0.250 [-1.27, 1.77] prompt by prompt; 25.0%" in view.spec.caption
+    assert "0.500 before and 0.750 after, a change of 0.250 [-1, 1] prompt by prompt; 25.0%" in view.spec.caption
     shown(repaired, tmp_path)

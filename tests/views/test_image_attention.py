@@ -44,6 +44,7 @@ def test_pixels_keep_their_order_and_range() -> None:
     assert coloured.shape[-1] == 3
     large = torch.nn.functional.interpolate(pixels, (600, 300))
     assert made(cap, large).spec.blocks["pixels"].shape == (3, 224, 112, 1)
+    assert (np.diff(made(cap, pixels.bfloat16()).spec.blocks["pixels"].astype(int).ravel()) >= 0).all()
 
 
 def test_several_forwards_stand_below_each_other() -> None:

@@ -204,7 +204,7 @@ def _limits(capture: Capture, call: Capture) -> list[str]:
     if unread:
         listed = ", ".join(visible(f"{one.name} ({one.cls})") for one in unread[:5])
         found.append(
-            f"{count(len(unread), 'module')} that mix tokens, or may do so, are not read: "
+            f"{count(len(unread), 'module')} not read, where tokens are mixed or may be: "
             f"{listed}{' …' if len(unread) > 5 else ''}"
         )
     if call.model_sites.looked is False:

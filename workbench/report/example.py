@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.errors import CaptureError
+from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.configs import read
 from workbench.kernels.statistics import check_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PictureImage
 
+    from workbench.capture.capture import Capture
     from workbench.report.report import Report
     from workbench.session.workbench import Workbench
+    from workbench.views.base.view import View
 
 _STATISTICS = ("entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "received")
 _NEW_TOKENS = 32
@@ -182,6 +184,8 @@ def add_example(
 ) -> None:
     """Verify the model on an example, capture it there, and add the capture to the report.
 
+    Attention over an image is laid over it as well, or the report says why it is not.
+
     Args:
         statistics: which to capture; the usual ones by default. layers: which; all by default.
 
@@ -198,3 +202,15 @@ def add_example(
         with wb.capture(list(names or usual), sites=sites) as capture:
             wb.model(**given)
     report.add(capture, title=title, text=example.text, verification=verification, note=note)
+    if example.image is not None:
+        report.add(_over_the_image(capture, given, Path(example.image).name))
+
+
+def _over_the_image(capture: Capture, given: dict[str, Any], name: str) -> View | str:
+    """What heads look at on the image itself; a sentence where its patches are not known."""
+    from workbench.views.image_attention.view import image_attention
+
+    try:
+        return image_attention(capture, given["pixel_values"], labels=[name], title="On the image")
+    except WorkbenchError as error:
+        return f"The maps are not laid over the image: {error.message}."

@@ -14,8 +14,8 @@ def limits(sections: Sequence[Section]) -> list[str]:
     found = []
     captures = [section for section in sections if section.data is not None]
     if captures:
-        n = count(len(captures), "prompt")
-        found.append(f"The captures are of {n}, one forward each: how much varies over other prompts is not shown.")
+        n = count(len(captures), "example")
+        found.append(f"The captures are of {n}, one forward each: how much varies over others is not shown.")
     of_figures: dict[str, list[int]] = {}  # what several figures say is said once
     number = 0
     for i, section in enumerate(sections, 1):

@@ -66,6 +66,13 @@ class Repair(Result):
         return float(((self.before == 1) & (self.together == 0)).double().mean())
 
     @property
+    def change(self) -> tuple[float, float, float]:
+        """Of the accuracy with all heads edited, prompt by prompt, with its 95 % interval (Student's t), in -1 to 1."""
+        change = self.together.double() - self.before.double()
+        low, high = mean_t(change)
+        return float(change.mean()), max(low, -1.0), min(high, 1.0)
+
+    @property
     def table(self) -> pd.DataFrame:
         """Accuracies before, together, of each head, and random heads; then the change of the movers' attention.
 

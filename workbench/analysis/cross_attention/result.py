@@ -149,8 +149,11 @@ class CrossAttentionSaliency(Result):
         return self.correlations[:, :, self._saliency(saliency), self._measure(measure)].nanmean(0)
 
     def interval(self, saliency: str = "input", measure: str = "pearson") -> Tensor:
-        """[aggregate, 2] Student's t interval of `of` over utterances; NaN where it is defined in fewer than two."""
-        return self._interval(self.correlations[:, :, self._saliency(saliency), self._measure(measure)])
+        """[aggregate, 2] Student's t interval of `of` over utterances, as far as correlations go (-1 to 1).
+
+        NaN where it is defined in fewer than two.
+        """
+        return self._interval(self.correlations[:, :, self._saliency(saliency), self._measure(measure)]).clamp(-1, 1)
 
     def by_head(self, saliency: str = "input", measure: str = "pearson") -> Tensor:
         """[layer, head] of `of`, in the order of the layers."""

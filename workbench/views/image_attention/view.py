@@ -216,7 +216,8 @@ def image_attention(
 
 def _bytes(images: Any) -> Array:
     """[image, row, column, channel] from 0 to 255, one range for all."""
-    found = torch.as_tensor(np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images)).double()
+    found = images.detach().cpu() if isinstance(images, Tensor) else torch.as_tensor(np.asarray(images))
+    found = found.double()
     found = found[:, None] if found.dim() == 3 else found
     if found.dim() != 4 or found.numel() == 0 or found.shape[1] not in (1, 3):
         raise ReportError("images are [image, channel, row, column] with one or three channels", shape=found.shape)

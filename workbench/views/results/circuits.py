@@ -16,7 +16,7 @@ from workbench.analysis.circuits.repair import Repair
 from workbench.analysis.circuits.roles import ROLES, HeadRoles
 from workbench.analysis.circuits.shares import Denominator
 from workbench.analysis.circuits.stability import Stability
-from workbench.analysis.statistics.intervals import bracketed, mean_t
+from workbench.analysis.statistics.intervals import bracketed
 from workbench.tokens import plotly_text
 from workbench.views.base.registry import register
 from workbench.views.base.view import View
@@ -201,13 +201,13 @@ def _view_of_repair(fixed: Repair) -> View:
     table = fixed.table
     accuracies = table[~table["quantity"].str.startswith("attention")]
     names = [str(row.of if row.quantity == "single" else row.quantity) for row in accuracies.itertuples()]
-    before, after = fixed.before.double(), fixed.together.double()
-    change, interval = float((after - before).mean()), bracketed(*mean_t(after - before))
+    before, after = float(fixed.before.mean()), float(fixed.together.mean())
+    change, low, high = fixed.change
     return _bars(
         names, accuracies, "accuracy", title=f"Repair of {fixed.task}",
         caption=(
             f"{', '.join(fixed.heads)} put on {', '.join(fixed.towards)} (without {fixed.but}) from the last token: "
-            f"accuracy {before.mean():.3f} before and {after.mean():.3f} after, a change of {change:.3f} {interval} "
+            f"accuracy {before:.3f} before and {after:.3f} after, a change of {change:.3f} {bracketed(low, high)} "
             f"prompt by prompt; {fixed.broken:.1%} of the prompts were right and are wrong after."
         ),
         table=table, provenance=fixed.provenance,
