@@ -121,6 +121,8 @@ def test_only_the_chosen_sites_are_kept(model: nn.Module) -> None:
             with wb.capture(sites=choice) as capture:
                 model(**GPT2.inputs())
             assert [site.layer for site in capture.sites] == [1]
+            assert (capture.silent, capture.unchosen) == ((), (wb.sites[0].name,))
+            assert list(capture.ledger.values()) == ["not asked for", 1]
 
 
 def test_induction_needs_ids(model: nn.Module) -> None:

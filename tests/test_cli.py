@@ -110,8 +110,10 @@ def test_report_on_an_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vit
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r'"layer": ?(\d)', text)) == {"0", "2"}
     assert "Effective keys" not in text
+    assert "1 more site of the model not asked for" in text
+    assert "never fired" not in text
     assert "On the image" in text
-    assert '"images": ["picture.png"]' in text
+    assert '"images":["picture.png"]' in text
 
 
 def test_verify_on_a_sound(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], whisper: Path) -> None:

@@ -94,14 +94,21 @@ class Capture:
 
     @property
     def silent(self) -> tuple[str, ...]:
-        """Names of the model's sites that never fired in this capture."""
-        fired = {c.site.path for f in self._forwards for c in f.sites.values()}
-        return tuple(site.name for site in self.model_sites if site.name not in fired)
+        """Names of the sites that were asked for and never fired in this capture."""
+        others = {c.site.path for f in self._forwards for c in f.sites.values()} | {*self.unchosen}
+        return tuple(site.name for site in self.model_sites if site.name not in others)
+
+    @property
+    def unchosen(self) -> tuple[str, ...]:
+        """Names of the model's sites that `sites=` left out."""
+        chosen = None if self.settings is None else self.settings.sites
+        return () if chosen is None else tuple(site.name for site in self.model_sites if site.name not in chosen)
 
     @property
     def ledger(self) -> dict[str, int | str]:
         """How often each site of the model was called: 0 for those that never fired; and what is not read, with why.
 
+        Of sites that `sites=` left out it says "not asked for".
         Where other processes hold some of a site's heads, it says which are here.
         Where calls were not recorded, a text says how many and why, in place of the number.
 
@@ -120,7 +127,7 @@ class Capture:
         split = {
             f"{site.name} ({site.elsewhere})": "others in other processes" for site in self.sites if site.elsewhere
         }
-        told: dict[str, int | str] = {**counts}
+        told: dict[str, int | str] = {**counts, **dict.fromkeys(self.unchosen, "not asked for")}
         for site, missed in self.unrecorded.items():
             told[site] = f"{counts[site]} recorded, {missed}" if site in counts else str(missed)
         return told | split | {one.name: f"unread: {one.reason}" for one in self.model_sites.unread}

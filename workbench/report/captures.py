@@ -200,6 +200,8 @@ def _limits(capture: Capture, call: Capture) -> list[str]:
     if call.silent:
         listed = ", ".join(visible(name) for name in call.silent[:5])
         found.append(f"{count(len(call.silent), 'site')} never fired: {listed}{' …' if len(call.silent) > 5 else ''}")
+    if call.unchosen:
+        found.append(f"{count(len(call.unchosen), 'more site')} of the model not asked for")
     unread = call.model_sites.unread
     if unread:
         listed = ", ".join(visible(f"{one.name} ({one.cls})") for one in unread[:5])
