@@ -265,7 +265,9 @@ def test_a_pipe_is_not_waited_for_and_a_device_not_read_to_its_end(tmp_path: Pat
 
 @posix
 @pytest.mark.parametrize(
-    "read", [workbench.load_capture, workbench.Investigation.load, workbench.Memory, workbench.models.load], ids=str
+    "read",
+    [workbench.load_capture, workbench.Investigation.load, workbench.Memory, workbench.models.load],
+    ids=["load_capture", "Investigation", "Memory", "models"],
 )
 def test_a_folder_that_is_closed_is_one_error(
     read: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
