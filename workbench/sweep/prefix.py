@@ -7,14 +7,15 @@ checked by whoever uses this; a block that does more than return its output show
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from typing import Any
 
 from torch import Tensor, nn
 
+from workbench.errors import WorkbenchError
 from workbench.hooks.changes import Changes
 from workbench.hooks.heads import block_of
 from workbench.hooks.nested import map_tensors, tensors
@@ -192,6 +193,30 @@ def exchanged(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
 def starts_to_try(starts: Sequence[Any]) -> list[Any]:
     """From where to try to resume, the last first: two in a row, since layers may share by twos, and in the middle."""
     return list(dict.fromkeys((*starts[-1:], *starts[-2:-1], *starts[len(starts) // 2 :][:1])))
+
+
+def resumes_wrongly(others: Callable[[], Any], agrees: Callable[[Any], bool], starts: Iterable[Any]) -> str:
+    """Why no forward can begin at one of these blocks; "" if it can at each.
+
+    Args:
+        others: a forward on `exchanged` inputs.
+        agrees: whether a forward that begins at a block gives the numbers of a whole one.
+
+    Raises:
+        WorkbenchError: as such a forward.
+    """
+    with suppress(RuntimeError, ValueError, IndexError, TypeError):  # the model may not take its inputs turned
+        others()
+    for start in starts:
+        try:
+            if agrees(start):
+                continue
+        except WorkbenchError:
+            raise
+        except Exception as error:  # a block that was passed over did more than give its output
+            return f"a forward resumed at {start} ends in {type(error).__name__}: {error}"
+        return f"a forward resumed at {start} does not give the same numbers"
+    return ""
 
 
 def _copy(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import size_of
 from workbench.sweep.kept_logits import ARGUMENT, places_read, widened
 from workbench.sweep.outputs import check_value, close, same
-from workbench.sweep.prefix import Prefix, exchanged, starts_to_try
+from workbench.sweep.prefix import Prefix, exchanged, resumes_wrongly, starts_to_try
 from workbench.sweep.variants import OutputStack, Resolved, Stack, Unrepeated, repeat, split
 
 _FEW_ROWS = 256  # vectors in a forward; with fewer, what a forward costs whatever its size weighs more than a block
@@ -129,7 +129,12 @@ class Runner:
         elif self.resumed:
             if self.prefix.reason:
                 warnings.warn(f"some variants run whole forwards: {self.prefix.reason}", UserWarning, stacklevel=3)
-            if why := self._resumes_wrongly(plain, batch, size, starts_to_try(starts)):
+            why = resumes_wrongly(
+                lambda: self._forward(exchanged(batch, size), size, [self.edits], None),
+                lambda start: same(plain, self._forward(batch, size, [self.edits], start)),
+                starts_to_try(starts),
+            )
+            if why:
                 self._fall_back(why)
         if self.batched and len(self.variants) > 1:
             ends: list[str | None] = [starts[-1]] if self.resumed else [None]
@@ -160,21 +165,6 @@ class Runner:
             return whole
         self.sparse = True
         return found
-
-    def _resumes_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, starts: Sequence[str]) -> str:
-        """Why no forward can begin at a block; "" if it can."""
-        with suppress(RuntimeError, ValueError, IndexError, TypeError):  # the model may not take its inputs turned
-            self._forward(exchanged(batch, size), size, [self.edits], None)
-        for start in starts:
-            try:
-                if same(plain, self._forward(batch, size, [self.edits], start)):
-                    continue
-            except WorkbenchError:
-                raise
-            except Exception as error:
-                return f"a forward resumed at {start} ends in {type(error).__name__}: {error}"
-            return f"a forward resumed at {start} does not give the same numbers"
-        return ""
 
     def _repeats_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, start: str | None) -> str:
         """Why variants cannot run side by side; "" if they can."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import random
 import time
@@ -23,6 +22,7 @@ from workbench.mechanisms.dualformer.mazes import Maze, draw, search
 from workbench.mechanisms.dualformer.model import WORDS, build, save
 from workbench.mechanisms.dualformer.tokens import BOS, EOS
 from workbench.storage import disk
+from workbench.storage.checkpoint import write_checkpoint
 
 if TYPE_CHECKING:
     from transformers import T5ForConditionalGeneration
@@ -154,9 +154,7 @@ def train(
             losses.clear()
             done["seconds"] = time.process_time() - began
             state = [each.state_dict() for each in kept]
-            made = io.BytesIO()
-            torch.save({"model": model.state_dict(), "optimisers": state, "done": done}, made)
-            disk.write(checkpoint, made.getvalue())
+            write_checkpoint(checkpoint, {"model": model.state_dict(), "optimisers": state, "done": done})
             disk.write(folder / f"{kind}.json", json.dumps(done, indent=1))
     save(model.eval(), folder / f"{kind}.safetensors", done)
     return model

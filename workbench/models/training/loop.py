@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 from workbench.errors import WorkbenchError
 from workbench.models.training.formats import FORMATS, IGNORE, held_out, to_tensors
-from workbench.storage import disk
+from workbench.storage.checkpoint import write_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -163,9 +162,8 @@ class Trainer:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
-        made = io.BytesIO()
-        torch.save(state | {"progress": json.dumps(vars(self.progress)), "seed": self.seed}, made)
-        disk.write(self.folder / "checkpoint.pt", made.getvalue())
+        state |= {"progress": json.dumps(vars(self.progress)), "seed": self.seed}
+        write_checkpoint(self.folder / "checkpoint.pt", state)
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from workbench.hooks.changes import Changes
 from workbench.hooks.split_models import check_unsplit
 from workbench.inputs import check_inputs, dropout_in_training, shortened
 from workbench.session.workbench import Workbench
-from workbench.sweep.prefix import KeptBlocks, Prefix, exchanged, starts_to_try
+from workbench.sweep.prefix import KeptBlocks, Prefix, exchanged, resumes_wrongly, starts_to_try
 from workbench.sweep.variants import repeat
 
 _SEVERAL = 3  # repeats from which on it is worth computing again what projections gave on the batch itself
@@ -178,19 +178,12 @@ class Stream:
         with torch.no_grad():
             whole = self.run(batch, last)
             first = [self.blocks.index(self.anatomy.blocks(s)[-1]) for s in range(len(self.graph.streams))]
-            with suppress(RuntimeError, ValueError, IndexError, TypeError):  # the model may not take its inputs turned
-                self.run(exchanged(batch, len(last)), last)
             # From the end on: what a later start leaves behind, an earlier one does not read.
-            for start in sorted({*first, *starts_to_try(range(len(self.blocks)))} - {0}, reverse=True):
-                try:
-                    same = torch.equal(whole, self.run(batch, last, start=start))
-                except WorkbenchError:
-                    raise
-                except Exception:  # a block that was passed over did more than give its output
-                    same = False
-                if not same:
-                    self.resumed = False
-                    break
+            self.resumed = not resumes_wrongly(
+                lambda: self.run(exchanged(batch, len(last)), last),
+                lambda start: torch.equal(whole, self.run(batch, last, start=start)),
+                sorted({*first, *starts_to_try(range(len(self.blocks)))} - {0}, reverse=True),
+            )
 
     def unembed(self, stream: Tensor) -> Tensor:
         """Logits [n, vocab] of vectors of the stream after the last block [n, d_model], by the model's own last part.
